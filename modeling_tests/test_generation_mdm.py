@@ -1,0 +1,278 @@
+"""Claims about sampling."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny import ASSISTANT, KINDS, LATENT, batch, generators, tiny_model
+
+from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig
+
+
+def same_outputs(a, b, atol=1e-5):
+    torch.testing.assert_close(a.latents, b.latents, atol=atol, rtol=1e-5)
+    assert torch.equal(a.sequences, b.sequences)
+    for x, y in zip(a.images, b.images, strict=True):
+        for image, other in zip(x, y, strict=True):
+            torch.testing.assert_close(image, other, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("sharing", ["shared", "independent", "alternate"])
+def test_the_condition_cache_changes_no_sample(sharing, guidance_scale):
+    model = tiny_model(scan_sharing=sharing)
+    cached, uncached = (
+        model.generate(
+            **batch(KINDS),
+            generator=generators(range(5)),
+            guidance_scale=guidance_scale,
+            num_inference_steps=6,
+            use_cache=use_cache,
+        )
+        for use_cache in (True, False)
+    )
+    same_outputs(cached, uncached)
+
+
+def test_the_condition_cache_gives_the_hidden_states_of_the_full_run():
+    model = tiny_model()
+    inputs = batch(["text_to_image", "both", "caption"])
+    noise = torch.randn(3, inputs["input_ids"].shape[1], LATENT)
+    seen = {}
+
+    def remember(name):
+        return lambda module, args, output: seen.setdefault(name, []).append(output)
+
+    for name, use_cache in (("cached", True), ("full", False)):
+        handle = model.model.norm.register_forward_hook(remember(name))
+        model.generate(**inputs, generator=generators(range(3)), num_inference_steps=1, use_cache=use_cache)
+        handle.remove()
+    prefix, targets = seen["cached"]
+    (full,) = seen["full"]
+    assert prefix.shape[1] + targets.shape[1] > noise.shape[1] - 1
+    for i in range(3):
+        size = int(inputs["attention_mask"][i].sum())
+        count = size - int((inputs["input_ids"][i] == ASSISTANT).nonzero()[0]) - 1
+        torch.testing.assert_close(targets[i, :count], full[i, size - count : size], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_a_sample_is_the_same_alone_and_in_a_batch(guidance_scale):
+    model = tiny_model()
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 6}
+    together = model.generate(**batch(KINDS), generator=generators(range(5)), **options)
+    for i, kind in enumerate(KINDS):
+        alone = model.generate(**batch([kind]), generator=generators([i]), **options)
+        length = alone.sequences.shape[1]
+        torch.testing.assert_close(together.latents[i, :length], alone.latents[0], atol=2e-5, rtol=1e-5)
+        assert torch.equal(together.sequences[i, :length], alone.sequences[0])
+
+
+def test_a_seed_reproduces_a_sample_bit_for_bit_and_another_does_not():
+    model = tiny_model()
+    first, second, third = (model.generate(**batch(KINDS), generator=generators([s] * 5)) for s in (1, 1, 2))
+    assert torch.equal(first.latents, second.latents)
+    assert not torch.equal(first.latents, third.latents)
+
+
+def test_only_targets_change():
+    inputs = batch(KINDS)
+    out = tiny_model().generate(**inputs, num_inference_steps=3)
+    known = inputs["target_mask"] == 0
+    assert torch.equal(out.sequences[known], inputs["input_ids"][known])
+    is_text = (inputs["input_ids"] == 13) & ~known
+    assert not (out.sequences[is_text] == 13).any()
+
+
+def test_generated_text_holds_no_control_token():
+    model = tiny_model()
+    inputs = batch(["caption"] * 20)
+    out = model.generate(**inputs, num_inference_steps=2)
+    written = out.sequences[inputs["target_mask"] == 1]
+    assert bool(((written >= 17) | (written <= 3) & (written >= 1)).all())
+
+
+def test_every_row_gets_its_images_and_only_those():
+    out = tiny_model().generate(**batch(KINDS), num_inference_steps=2)
+    assert [len(images) for images in out.images] == [1, 1, 0, 1, 0]
+    assert all(image.shape == (1, 4, 6) for images in out.images for image in images)
+    assert all(float(image.abs().max()) <= 1 for images in out.images for image in images)
+
+
+def test_known_pixels_of_a_partly_known_image_are_kept():
+    inputs = batch(["class_to_image"], is_training=True)
+    del inputs["labels"]
+    inputs["target_mask"][0, 4:7] = 0  # the first row of three patches is known
+    (image,) = tiny_model().generate(**inputs, num_inference_steps=2).images[0]
+    torch.testing.assert_close(image[:, :2], inputs["pixel_values"][0, :, :2])
+    assert not torch.allclose(image[:, 2:], inputs["pixel_values"][0, :, 2:])
+
+
+@pytest.mark.parametrize("lag", [1.0, -1.0, 0.5, 0.0])
+def test_a_lag_orders_the_modalities_at_no_extra_call(lag):
+    model = tiny_model()
+    history = []
+
+    def watch(module, step, times, state):
+        history.append(state["latents"].clone())
+
+    calls = []
+    handle = model.latent_head.register_forward_hook(lambda *a: calls.append(1))
+    model.generate(**batch(["both"]), modality_lag=lag, num_inference_steps=8, callback_on_step_end=watch)
+    handle.remove()
+    assert len(calls) == 8
+    moved = [
+        [not torch.equal(a[0, part], b[0, part]) for a, b in zip(history, history[1:], strict=False)]
+        for part in (slice(2, 8), slice(11, 16))  # patches and tokens of the target group
+    ]
+    image, text = moved
+    if lag == 1:
+        assert text == [True] * 3 + [False] * 4
+        assert image == [False] * 3 + [True] * 4
+    elif lag == -1:
+        assert image == [True] * 3 + [False] * 4
+        assert text == [False] * 3 + [True] * 4
+    elif lag == 0:
+        assert image == text == [True] * 7
+    else:
+        assert text.index(False) > 3
+        assert image.index(True) > 0
+
+
+def test_guidance_of_one_is_no_guidance_and_moves_samples_otherwise():
+    model = tiny_model()
+    inputs = batch(["text_to_image"])
+    plain, one, three = (
+        model.generate(**inputs, generator=generators([0]), guidance_scale=s).latents for s in (1, 1.0, 3.0)
+    )
+    assert torch.equal(plain, one)
+    assert not torch.allclose(plain, three)
+
+
+def test_guidance_without_any_condition_changes_nothing():
+    model = tiny_model()
+    inputs = batch(["class_to_image"])
+    inputs["class_ids"][:] = -1
+    plain, guided = (model.generate(**inputs, generator=generators([0]), guidance_scale=s).latents for s in (1.0, 3.0))
+    torch.testing.assert_close(plain, guided, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_extrapolates_from_the_row_without_its_conditions():
+    """One call at t = 1: z0-hat = without + s (with - without), both from unguided runs."""
+    model = tiny_model()
+    bare = batch(["class_to_image"])
+    bare["class_ids"][:] = -1
+    conditioned = batch(["class_to_image"])
+
+    def one_call(inputs, scale):
+        out = model.generate(**inputs, generator=generators([0]), num_inference_steps=1, guidance_scale=scale)
+        return out.latents[inputs["target_mask"] == 1]
+
+    expected = one_call(bare, 1.0) + 2.0 * (one_call(conditioned, 1.0) - one_call(bare, 1.0))
+    torch.testing.assert_close(one_call(conditioned, 2.0), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler, DDPMScheduler]
+)
+def test_any_variance_preserving_solver_drives_the_loop(solver):
+    out = tiny_model().generate(
+        **batch(KINDS),
+        scheduler=solver(prediction_type="sample"),
+        num_inference_steps=5,
+        generator=generators(range(5)),
+    )
+    assert torch.isfinite(out.latents).all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps"),
+    [(DPMSolverMultistepScheduler, 20), (UniPCMultistepScheduler, 20), (DDIMScheduler, 20), (DDPMScheduler, 1000)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_solvers_sample_a_gaussian_from_its_exact_predictor(solver, steps):
+    """Data N(2, 0.5^2) in every latent: the loop must return that mean and width."""
+    mean, deviation = 2.0, 0.5
+
+    class Exact(MDMForMultiModalGeneration):
+        def predict_latents(self, hidden_states, noisy_latents, level):
+            level = level.unsqueeze(-1).clamp(1e-12, 1 - 1e-7)
+            gain = level.sqrt() * deviation**2 / (level * deviation**2 + 1 - level)
+            return mean + gain * (noisy_latents - level.sqrt() * mean)
+
+    model = tiny_model(num_hidden_layers=1)
+    model.__class__ = Exact
+    inputs = batch(["class_to_image"] * (20 if steps > 100 else 200))
+    out = model.generate(
+        **inputs,
+        scheduler=solver(prediction_type="sample", **({"clip_sample": False} if "DD" in solver.__name__ else {})),
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+    )
+    values = out.latents[inputs["target_mask"] == 1]
+    assert abs(float(values.mean()) - mean) < 0.06
+    assert abs(float(values.std()) - deviation) < 0.08
+
+
+def test_the_callback_sees_every_step_and_may_replace_the_latents():
+    model = tiny_model()
+    seen = []
+
+    def freeze(module, step, times, state):
+        assert module is model
+        preview = state["decode"]()
+        seen.append((step, times, preview.images[0][0].shape))
+        return {"latents": torch.zeros_like(state["latents"])}
+
+    out = model.generate(**batch(["class_to_image"]), num_inference_steps=3, callback_on_step_end=freeze)
+    assert [s[0] for s in seen] == [0, 1, 2]
+    assert seen[-1][1] == [0.0]
+    assert float(out.latents[0, 4:10].abs().max()) == 0
+
+
+def test_generation_config_travels_with_the_model(tmp_path):
+    model = tiny_model()
+    model.generation_config = MDMGenerationConfig(num_inference_steps=7, guidance_scale=1.5, modality_lag=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = MDMForMultiModalGeneration.from_pretrained(tmp_path).generation_config
+    assert type(loaded) is MDMGenerationConfig
+    assert (loaded.num_inference_steps, loaded.guidance_scale, loaded.modality_lag) == (7, 1.5, 0.5)
+    out, named = (
+        m.generate(**batch(["both"]), generator=generators([0]), **o).latents
+        for m, o in (
+            (MDMForMultiModalGeneration.from_pretrained(tmp_path), {}),
+            (tiny_model(), {"num_inference_steps": 7, "guidance_scale": 1.5, "modality_lag": 0.5}),
+        )
+    )
+    torch.testing.assert_close(out, named)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0; it must be a whole number, 1 or more"),
+        ({"num_inference_steps": -3}, "`num_inference_steps` is -3"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
+        ({"modality_lag": 2}, "`modality_lag` is 2; it must lie in [-1, 1]"),
+        ({"temperature": 2}, "Unknown generation option(s) ['temperature']"),
+        ({"generation_mode": "audio"}, "`generation_mode` is 'audio'; it must be 'image', 'text' or None"),
+        ({"generation_mode": "image"}, "the inputs have no such target"),
+        ({"generator": generators([1, 2])}, "`generator` is a list of 2 for a batch of 1"),
+        ({"target_mask": None}, "`target_mask` marks nothing to generate in row 0"),
+        ({"labels": torch.zeros(1, 19)}, "`generate` got `labels`"),
+        ({"scheduler": DDIMScheduler()}, "prediction_type 'epsilon', but MDM predicts clean latents"),
+        ({"scheduler": DDIMScheduler(num_train_timesteps=50, prediction_type="sample")}, "has num_train_timesteps 50"),
+        ({"scheduler": EulerDiscreteScheduler(prediction_type="sample")}, "MDM keeps them at unit variance"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else "-".join(v),
+)
+def test_sampling_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        tiny_model().generate(**(batch(["caption"]) | options))
+    assert message in str(error.value)

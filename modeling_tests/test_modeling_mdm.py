@@ -1,0 +1,363 @@
+"""Claims about the model: what it computes, what it sees, what it learns from."""
+
+import math
+
+import pytest
+import torch
+from tiny import KINDS, batch, fixed_noise, tiny_config, tiny_model
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMModel
+from mdm_hf.scan_switch import image_scan_order, text_scan_order
+from mdm_hf.sequence_layout import image_of_each_row, plan_scans
+from mdm_hf.ssd import ssd_oracle
+
+
+SHARINGS = ("shared", "independent", "alternate")
+
+
+def timesteps_of(inputs, value=0.6):
+    return torch.full((len(inputs["input_ids"]), 2), value)
+
+
+def oracle_order(kind: str, direction: int) -> list[int]:
+    """The reading order of a tiny row, written down segment by segment."""
+    patches = [1 + i for i in image_scan_order(2, 3, direction).tolist()]
+    backward = direction % 2 == 1
+    image = [7, *patches, 0] if backward else [0, *patches, 7]
+
+    def text(n):
+        return text_scan_order(n, direction % 2).tolist()
+
+    def at(start, places):
+        return [start + p for p in places]
+
+    if kind == "class_to_image":  # class, assistant, time, image
+        return [0, 1, 2, *at(3, image)]
+    if kind == "text_to_image":  # class, user, text of 5, assistant, time, image
+        return [0, 1, *at(2, text(5)), 7, 8, *at(9, image)]
+    if kind == "caption":  # class, user, image, assistant, time, text of 7
+        return [0, 1, *at(2, image), 10, 11, *at(12, text(7))]
+    if kind == "both":  # class, assistant, time, image, time, text of 7
+        segments = [at(3, image), at(12, text(7))]
+        return [0, 1, 2, 11, *(segments[1] + segments[0] if backward else segments[0] + segments[1])]
+    raise KeyError(kind)
+
+
+def mixer_oracle(mixer, h, kind):
+    """One row through the shared mixer in float64: loops over directions, F.conv1d, the recurrent scan."""
+    config = mixer.config
+    inner, n, heads = config.inner_size, config.state_size, config.num_heads
+    weights = {name: p.detach().double() for name, p in mixer.named_parameters()}
+    z, xbc, dt = (h @ weights["projections.0.in_proj.weight"].T).split([inner, inner + 2 * n, heads], dim=-1)
+    merged = torch.zeros_like(z)
+    for k in range(4):
+        order = oracle_order(kind, k)
+        kernel = weights["conv_weight"][k]
+        padded = F.pad(xbc[order].T[None], (config.conv_kernel - 1, 0))
+        u = F.silu(F.conv1d(padded, kernel[:, None], weights["conv_bias"][k], groups=len(kernel)))[0].T
+        x, B, C = u.split([inner, n, n], dim=-1)
+        y = ssd_oracle(
+            x.view(1, -1, heads, config.head_dim),
+            F.softplus(dt[order] + weights["dt_bias"][k])[None],
+            -weights["A_log"][k].exp(),
+            B[None, :, None],
+            C[None, :, None],
+            D=weights["D"][k],
+        )[0].flatten(1)
+        merged[order] += y
+    gated = merged * F.silu(z)
+    normed = gated * (gated.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
+    return (normed * weights["projections.0.norm.weight"]) @ weights["projections.0.out_proj.weight"].T
+
+
+@pytest.mark.parametrize("kind", ["class_to_image", "text_to_image", "caption", "both"])
+def test_the_mixer_equals_its_float64_oracle(kind):
+    model = tiny_model()
+    inputs = batch([kind])
+    layout = model.model.layout(inputs["input_ids"], inputs["image_grid_hw"], None, inputs["target_mask"])
+    plan = plan_scans(model.config, layout, image_of_each_row(layout))
+    h = torch.randn(1, inputs["input_ids"].shape[1], 32)
+    got = model.model.layers[0].mixer(h, plan)
+    torch.testing.assert_close(
+        got[0].double(), mixer_oracle(model.model.layers[0].mixer, h[0].double(), kind), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_padded_batch_equals_single_runs(sharing):
+    model = tiny_model(scan_sharing=sharing)
+    together = batch(KINDS)
+    noise = fixed_noise(together)
+    out = model(**together, timesteps=timesteps_of(together), noise=noise)
+    for i, kind in enumerate(KINDS):
+        alone = batch([kind])
+        length = alone["input_ids"].shape[1]
+        single = model(**alone, timesteps=timesteps_of(alone), noise=noise[i : i + 1, :length])
+        real = alone["input_ids"][0] != 0
+        torch.testing.assert_close(
+            out.predicted_latents[i, :length][real], single.predicted_latents[0][real], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_conditions_never_see_t_nor_the_targets():
+    model = tiny_model()
+    inputs = batch(["text_to_image"])
+    early, late = (
+        model.model(**inputs, timesteps=timesteps_of(inputs, t), noise=fixed_noise(inputs, seed)).last_hidden_state
+        for seed, t in ((0, 0.1), (1, 0.9))
+    )
+    torch.testing.assert_close(early[:, :8], late[:, :8], atol=0, rtol=0)
+    assert not torch.allclose(early[:, 8:], late[:, 8:])
+
+
+def test_targets_see_the_conditions_and_each_other():
+    model = tiny_model()
+    inputs = batch(["text_to_image"])
+    noise = fixed_noise(inputs)
+    other = inputs | {"input_ids": torch.where(inputs["input_ids"] == 21, 40, inputs["input_ids"])}
+    a, b = (model(**i, timesteps=timesteps_of(i), noise=noise).predicted_latents for i in (inputs, other))
+    assert (a - b)[0, 10:16].abs().amax(-1).min() > 1e-4
+    inputs = batch(["both"])
+    for place, elsewhere in ((5, slice(13, 18)), (15, slice(4, 10))):  # a patch, a token
+        noise = fixed_noise(inputs)
+        changed = noise.clone()
+        changed[0, place] += 1
+        a, b = (model(**inputs, timesteps=timesteps_of(inputs), noise=n).predicted_latents for n in (noise, changed))
+        assert (a - b)[0, elsewhere].abs().amax(-1).min() > 1e-6
+
+
+def test_known_positions_of_a_target_segment_stay_clean():
+    model = tiny_model()
+    inputs = batch(["class_to_image"], is_training=True)
+    inputs["target_mask"][0, 4:6] = 0
+    out = model.model(**{k: v for k, v in inputs.items() if k != "labels"}, timesteps=timesteps_of(inputs, 1.0))
+    torch.testing.assert_close(out.noisy_latents[0, 4:6], out.latents[0, 4:6])
+    assert not torch.allclose(out.noisy_latents[0, 6:8], out.latents[0, 6:8])
+
+
+def test_total_loss_is_the_weighted_sum_of_its_parts():
+    model = tiny_model(kl_weight=0.3, diffusion_weight=0.7)
+    inputs = batch(["both", "caption"], is_training=True)
+    out = model(**inputs, timesteps=timesteps_of(inputs), noise=fixed_noise(inputs))
+    se = out.loss_se_image + out.loss_se_text
+    expected = out.loss_rec_image + out.loss_rec_text + 0.3 * out.loss_kl + 0.7 * se
+    torch.testing.assert_close(out.loss, expected)
+    assert all(part > 0 for part in (out.loss_rec_image, out.loss_rec_text, out.loss_kl, se))
+
+
+def test_score_entropy_never_trains_the_encoder():
+    model = tiny_model().train()
+    inputs = batch(["both"], is_training=True)
+    out = model(**inputs)
+    (out.loss_se_image + out.loss_se_text).backward()
+    vae = model.model.vae
+    for name, parameter in vae.named_parameters():
+        is_decoder = name.startswith(("decoder", "token_head"))
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == is_decoder, name
+
+
+def test_every_parameter_learns_from_the_total_loss():
+    for sharing in SHARINGS:
+        model = tiny_model(scan_sharing=sharing, num_hidden_layers=4).train()
+        inputs = batch(["both", "caption", "text_to_image"], is_training=True)
+        model(**inputs).loss.backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert silent == [], sharing
+
+
+@pytest.mark.parametrize("loss", ["score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon"])
+def test_every_diffusion_loss_falls_when_trained_on_one_batch(loss):
+    model = tiny_model(diffusion_loss=loss).train()
+    inputs = batch(["both"] * 4, is_training=True)
+    fixed = {"timesteps": timesteps_of(inputs, 0.5), "noise": fixed_noise(inputs)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    values = []
+    for _ in range(40):
+        out = model(**inputs, **fixed)
+        values.append(float(out.loss_se_image + out.loss_se_text))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+    assert all(math.isfinite(v) for v in values)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    inputs = batch(["both", "caption"], is_training=True)
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        model(**inputs).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_untrained_prediction_is_the_best_linear_one():
+    model = MDMForMultiModalGeneration(tiny_config()).eval()
+    inputs = batch(["class_to_image"])
+    noise = fixed_noise(inputs)
+    out = model(**inputs, timesteps=timesteps_of(inputs, 0.5), noise=noise)
+    base = model.model(**inputs, timesteps=timesteps_of(inputs, 0.5), noise=noise)
+    torch.testing.assert_close(out.predicted_latents, base.alpha_bar[..., None].sqrt() * base.noisy_latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("mdm-digits", (0.0003, 0.003)), ("mdm-base", (0.15, 0.25)), ("mdm-1b", (1.25, 1.45)), ("mdm-7b", (7.5, 7.7))],
+)
+def test_presets_have_the_parameter_counts_they_promise(name, billions):
+    with torch.device("meta"):
+        model = MDMForMultiModalGeneration(MDMConfig.from_preset(name))
+    count = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions[0] <= count <= billions[1], count
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ValueError, match="choose one of mdm-digits, mdm-base"):
+        MDMConfig.from_preset("mdm-2b")
+
+
+def test_save_and_load_give_the_same_outputs(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is MDMForMultiModalGeneration
+    assert not loaded.training
+    inputs = batch(KINDS)
+    fixed = {"timesteps": timesteps_of(inputs), "noise": fixed_noise(inputs)}
+    torch.testing.assert_close(loaded(**inputs, **fixed).logits, model(**inputs, **fixed).logits, atol=0, rtol=0)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict()
+    base = MDMModel.from_pretrained(tmp_path)
+    hidden = base(**inputs, **fixed).last_hidden_state
+    torch.testing.assert_close(hidden, model.model(**inputs, **fixed).last_hidden_state, atol=0, rtol=0)
+
+
+def test_half_precision_keeps_the_recurrence_in_fp32(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {name.split(".")[-1] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"A_log", "dt_bias", "D"}
+    inputs = batch(KINDS, is_training=True)
+    out = model(**inputs, timesteps=timesteps_of(inputs), noise=fixed_noise(inputs))
+    reference = tiny_model()(**inputs, timesteps=timesteps_of(inputs), noise=fixed_noise(inputs))
+    assert abs(float(out.loss) - float(reference.loss)) < 0.03 * float(reference.loss)
+
+
+def test_text_only_sequences_run_two_directions():
+    model = tiny_model()
+    inputs = batch(["text"])
+    layout = model.model.layout(inputs["input_ids"], None, None, inputs["target_mask"])
+    assert plan_scans(model.config, layout, None).order.shape[-1] == 2
+
+
+@pytest.mark.parametrize("directions", [[1, 1], [2, 1], [4, 1], [3, 2], [4, 2]], ids=str)
+def test_any_number_of_directions_trains(directions):
+    model = tiny_model(scan_directions=directions).train()
+    loss = model(**batch(["both", "text"], is_training=True)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_drawn_timesteps_are_independent_per_modality_and_sometimes_pinned():
+    model = tiny_model(pinned_timestep_probability=0.5)
+    inputs = batch(["both"] * 400)
+    layout = model.model.layout(inputs["input_ids"], inputs["image_grid_hw"], None, inputs["target_mask"])
+    torch.manual_seed(0)
+    t = model.model.draw_timesteps(layout)
+    pinned = (t == 0) | (t == 1)
+    assert 0.4 < pinned.any(1).float().mean() < 0.6
+    assert not pinned.all(1).any()
+    free = t[~pinned.any(1)]
+    assert abs(float(torch.corrcoef(free.T)[0, 1])) < 0.2
+    alone = batch(["caption"] * 50)
+    layout = model.model.layout(alone["input_ids"], alone["image_grid_hw"], None, alone["target_mask"])
+    t = model.model.draw_timesteps(layout)
+    assert not ((t == 0) | (t == 1)).any()
+
+
+def broken(**changes):
+    return batch(["caption", "both"]) | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": torch.ones(3, dtype=torch.long)}, "must be (batch, length)"),
+        ({"input_ids": torch.full((2, 19), 64)}, "must lie in [0, vocab_size) = [0, 64)"),
+        ({"attention_mask": torch.ones(2, 3)}, "`attention_mask` has shape (2, 3)"),
+        ({"target_mask": torch.ones(2, 3)}, "`target_mask` has shape (2, 3)"),
+        ({"class_ids": torch.tensor([1, 10])}, "`class_ids` holds 10; this model knows classes 0 to 9"),
+        ({"class_ids": torch.tensor([1])}, "`class_ids` has shape (1,); it must be (batch,) = (2,)"),
+        ({"timesteps": torch.tensor([[0.5, 0.5], [0.5, 1.5]])}, "t must lie in [0, 1]"),
+        ({"timesteps": torch.tensor([[0.5, float("nan")]] * 2)}, "t must lie in [0, 1]"),
+        ({"timesteps": torch.zeros(2)}, "`timesteps` has shape (2,); it must be (batch, 2) = (2, 2)"),
+        ({"noise": torch.zeros(2, 3, 8)}, "`noise` has shape (2, 3, 8)"),
+        ({"pixel_values": None}, "holds 1 image(s) of known patches (id 11), but `pixel_values` is None"),
+        ({"pixel_values": torch.zeros(2, 1, 4, 6)}, "holds 2 image(s), `input_ids` has places for 1"),
+        ({"pixel_values": torch.zeros(1, 3, 4, 6)}, "must be (images, 1, height, width)"),
+        ({"pixel_values": torch.full((1, 1, 4, 6), float("nan"))}, "holds NaN or infinity"),
+        (
+            {"pixel_values": torch.zeros(1, 1, 4, 7)},
+            "4x7 pixels, not a multiple of patch_size 2; resize to 4x6 or pad to 4x8",
+        ),
+        ({"pixel_values": torch.zeros(1, 1, 2, 6)}, "`image_grid_hw` asks for images of up to 4x6 pixels"),
+        ({"image_grid_hw": None}, "holds 2 image(s), but `image_grid_hw` is None"),
+        ({"image_grid_hw": torch.tensor([[2, 3]])}, "must be (2, 2)"),
+        (
+            {"image_grid_hw": torch.tensor([[2, 3], [3, 3]])},
+            "Image 1 has 6 patch tokens, its `image_grid_hw` [3, 3] needs 9",
+        ),
+    ],
+    ids=lambda v: v[:40].replace(" ", "_") if isinstance(v, str) else "",
+)
+def test_inputs_that_do_not_fit_are_refused_with_the_remedy(changes, message):
+    with pytest.raises(ValueError) as error:
+        tiny_model()(**broken(**changes))
+    assert message in str(error.value)
+
+
+def test_a_class_without_a_class_token_is_refused():
+    inputs = batch(["class_to_image"])
+    inputs["input_ids"][0, 0] = 15
+    with pytest.raises(ValueError, match="put one first, as MDMProcessor does"):
+        tiny_model()(**inputs)
+
+
+def test_labels_without_a_target_are_refused():
+    inputs = batch(["both"], is_training=True)
+    inputs["target_mask"].zero_()
+    with pytest.raises(ValueError, match="marks no target, so there is nothing to learn"):
+        tiny_model()(**inputs)
+
+
+def test_labels_of_another_shape_are_refused():
+    inputs = batch(["both"], is_training=True)
+    inputs["labels"] = inputs["labels"][:, :-1]
+    with pytest.raises(ValueError, match="`labels` has shape"):
+        tiny_model()(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scan_directions": [1, 2]}, "no more text than image orders"),
+        ({"scan_directions": [5, 2]}, "1 to 4 image orders"),
+        ({"hidden_size": 0}, "`hidden_size` is 0; it must be 1 or more"),
+        ({"head_dim": 24}, "is not a multiple of `head_dim` 24"),
+        ({"scan_sharing": "none"}, "scan_sharing"),
+        ({"kl_weight": -1.0}, "a loss weight must be 0 or more"),
+        ({"pinned_timestep_probability": 2}, "it must lie in [0, 1]"),
+        ({"conv_kernel": 1}, "at least 2 taps"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else "-".join(v),
+)
+def test_configurations_that_cannot_work_are_refused(options, message):
+    with pytest.raises(Exception) as error:
+        tiny_config(**options)
+    assert message in str(error.value)

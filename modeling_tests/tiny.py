@@ -1,0 +1,98 @@
+"""A tiny model and hand-made sequences for the tests; token ids as MDMConfig's defaults have them."""
+
+import torch
+
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration
+
+
+VOCAB, LATENT, GRID, CANVAS = 64, 8, (2, 3), 5
+KINDS = ("class_to_image", "text_to_image", "caption", "both", "text")
+CLASS, TIME_IMAGE, TIME_TEXT, IMAGE, IMAGE_TARGET, TEXT_TARGET, USER, ASSISTANT = 4, 5, 6, 11, 12, 13, 14, 15
+
+
+def tiny_config(**overrides) -> MDMConfig:
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "state_size": 8,
+        "head_dim": 16,
+        "num_classes": 10,
+        "vae_config": {
+            "vocab_size": VOCAB,
+            "num_channels": 1,
+            "latent_size": LATENT,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+        },
+    }
+    return MDMConfig(**(options | overrides))
+
+
+def tiny_model(**overrides) -> MDMForMultiModalGeneration:
+    """Random weights, the head included, so that every part of the model has its effect on the output."""
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(tiny_config(**overrides)).eval()
+    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
+    return model
+
+
+def image_segment(token: int) -> list[int]:
+    return [7, *[token] * (GRID[0] * GRID[1]), 8]
+
+
+def text_segment(ids: list[int]) -> list[int]:
+    return [9, *ids, 10]
+
+
+def row(kind: str, is_training: bool = False) -> tuple[list[int], int]:
+    """Token ids and how many of the last positions form the target group, its time token included."""
+    image = [TIME_IMAGE, *image_segment(IMAGE if is_training else IMAGE_TARGET)]
+    text = [TIME_TEXT, *text_segment([33, 34, 35, 2, 2] if is_training else [TEXT_TARGET] * CANVAS)]
+    prefix, target = {
+        "class_to_image": ([], image),
+        "text_to_image": ([USER, *text_segment([20, 21, 22])], image),
+        "caption": ([USER, *image_segment(IMAGE)], text),
+        "both": ([], image + text),
+        "text": ([USER, *text_segment([20, 21])], text),
+    }[kind]
+    return [CLASS, *prefix, ASSISTANT, *target], len(target)
+
+
+def batch(kinds, is_training: bool = False) -> dict:
+    """Model inputs of one row per kind, padded on the right."""
+    rows = [row(kind, is_training) for kind in kinds]
+    length = max(len(ids) for ids, _ in rows)
+    input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows])
+    target_mask = torch.zeros_like(input_ids)
+    for i, (ids, size) in enumerate(rows):
+        for j in range(len(ids) - size, len(ids)):
+            target_mask[i, j] = ids[j] >= IMAGE or ids[j] in (1, 2, 3)
+    known = int(((input_ids == 7)[:, :-1] & (input_ids == IMAGE)[:, 1:]).sum())
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "target_mask": target_mask,
+        "class_ids": torch.tensor([3 if kind == "class_to_image" else -1 for kind in kinds]),
+    }
+    if known:
+        pixels = torch.rand(1, 1, 2 * GRID[0], 2 * GRID[1], generator=torch.Generator().manual_seed(1)) * 2 - 1
+        inputs["pixel_values"] = pixels.repeat(known, 1, 1, 1)
+    images = int((input_ids == 7).sum())
+    if images:
+        inputs["image_grid_hw"] = torch.tensor([list(GRID)] * images)
+    if is_training:
+        is_text = (target_mask == 1) & (input_ids != IMAGE)
+        inputs["labels"] = torch.where(is_text, input_ids, -100)
+    return inputs
+
+
+def generators(seeds) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def fixed_noise(inputs: dict, seed: int = 0) -> torch.Tensor:
+    """The same noise at the same place of a row, however long the batch makes it."""
+    b, length = inputs["input_ids"].shape
+    noise = torch.randn(b, 200, LATENT, generator=torch.Generator().manual_seed(seed))
+    return noise[:, :length]

@@ -1,0 +1,39 @@
+"""MDM: one diffusion model over one latent space that generates images, text, or both at once."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+
+from .configuration_mdm import MDMConfig, MDMVAEConfig
+from .generation_mdm import MDMGenerateOutput, MDMGenerationConfig
+from .image_processing_mdm import MDMImageProcessorPil
+from .modeling_mdm import MDMForMultiModalGeneration, MDMModel, MDMModelOutput, MDMOutput
+from .modeling_mdm_vae import MDMVAEModel
+from .pipeline_mdm import MDMPipeline
+from .processing_mdm import MDMProcessor
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MDMConfig",
+    "MDMForMultiModalGeneration",
+    "MDMGenerateOutput",
+    "MDMGenerationConfig",
+    "MDMImageProcessorPil",
+    "MDMModel",
+    "MDMModelOutput",
+    "MDMOutput",
+    "MDMPipeline",
+    "MDMProcessor",
+    "MDMVAEConfig",
+    "MDMVAEModel",
+]
+
+AutoConfig.register("mdm", MDMConfig)
+AutoConfig.register("mdm_vae", MDMVAEConfig)
+AutoModel.register(MDMConfig, MDMForMultiModalGeneration)
+AutoModel.register(MDMVAEConfig, MDMVAEModel)
+AutoModelForMultimodalLM.register(MDMConfig, MDMForMultiModalGeneration)
+AutoModelForImageTextToText.register(MDMConfig, MDMForMultiModalGeneration)
+AutoImageProcessor.register(MDMConfig, image_processor_classes={"pil": MDMImageProcessorPil})
+AutoProcessor.register(MDMConfig, MDMProcessor)

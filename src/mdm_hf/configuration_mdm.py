@@ -1,0 +1,257 @@
+"""Configurations of MDM (paper Sec. 5.1, Appendix C)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class MDMVAEConfig(PreTrainedConfig):
+    """The unified VAE: image patches and text tokens in one latent space (paper Sec. 4.1, 4.2.2).
+
+    Args:
+        vocab_size: Number of token ids, control tokens included.
+        num_channels: Channels of the images.
+        patch_size: Height and width of a patch in pixels; one patch is one position of the sequence.
+        latent_size: Width of the latent space shared by both modalities.
+        hidden_size: Width of the encoder and the decoder.
+        num_hidden_layers: Hidden layers of the encoder, and of the decoder.
+        initializer_range: Standard deviation of the token embeddings at initialisation.
+    """
+
+    model_type = "mdm_vae"
+    base_config_key = "vae_config"
+
+    vocab_size: int = 32000
+    num_channels: int = 3
+    patch_size: int = 2
+    latent_size: int = 64
+    hidden_size: int = 512
+    num_hidden_layers: int = 2
+    initializer_range: float | int = 1.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def validate_sizes(self):
+        _require_positive(
+            self, "vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers"
+        )
+
+
+@strict
+class MDMConfig(PreTrainedConfig):
+    """Configuration of [`MDMModel`] and [`MDMForMultiModalGeneration`].
+
+    Args:
+        vae_config: The unified VAE's configuration.
+        hidden_size: Width of the Mamba-2 blocks.
+        num_hidden_layers: Number of blocks.
+        state_size: Width N of the SSM state (paper Eq. 10).
+        head_dim: Width of an SSM head; `expand * hidden_size` must be a multiple of it.
+        expand: Inner width of a block in units of `hidden_size`.
+        conv_kernel: Taps of the causal convolution.
+        chunk_size: Chunk of the SSM scan; chosen by length and device if None.
+        scan_sharing: What the scan directions of a block share. `"shared"`: both projections; convolution, A, D and
+            the bias of dt are per direction. `"independent"`: projections per direction and modality.
+            `"alternate"`: one direction per block, in turn.
+        scan_directions: Number of image and of text orders: [4, 2] in the paper, [2, 1] in its ablation (Table 3).
+        num_classes: Number of data categories; 0 for none.
+        num_train_timesteps: T of the DDPM schedule (Eq. 1).
+        beta_start, beta_end: Ends of the beta schedule.
+        image_beta_schedule, text_beta_schedule: Beta schedule of each modality, by its name in diffusers.
+        diffusion_loss: Estimator of the image part of L_se: `"score_entropy_exact"` (closed form of Eq. 4),
+            `"score_entropy_sampled"` (Eq. 4 with Theorem 2's softmax over sampled earlier states), or
+            `"ddpm_epsilon"` (squared error of the noise, both modalities; the ablation's baseline).
+        loss_weighting: Weight omega of `"score_entropy_exact"` over the noise levels.
+        num_candidates: Number of earlier states in `"score_entropy_sampled"`.
+        kl_weight: beta of Eq. 18.
+        diffusion_weight: lambda of Eq. 18.
+        pinned_timestep_probability: Where a row targets both modalities, the probability that training pins the
+            timestep of one of them to 0 (it is known) or 1 (it is pure noise); lagged sampling passes through both.
+        time_step_min, time_step_max, time_step_floor: Range of dt at initialisation.
+        rms_norm_eps: Epsilon of the normalisations.
+        initializer_range: Standard deviation of embeddings and of the output projections at initialisation.
+    """
+
+    model_type = "mdm"
+    sub_configs = {"vae_config": MDMVAEConfig}
+    sub_configs_defaults = {"vae_config": MDMVAEConfig}
+    keys_to_ignore_at_inference = [
+        "loss_rec_image",
+        "loss_rec_text",
+        "loss_kl",
+        "loss_se_image",
+        "loss_se_text",
+        "predicted_latents",
+        "hidden_states",
+    ]
+
+    vae_config: dict | PreTrainedConfig | None = None
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    state_size: int = 128
+    head_dim: int = 64
+    expand: int = 2
+    conv_kernel: int = 4
+    chunk_size: int | None = None
+    scan_sharing: Literal["shared", "independent", "alternate"] = "shared"
+    scan_directions: list[int] | tuple[int, ...] = (4, 2)
+    num_classes: int = 0
+    num_train_timesteps: int = 1000
+    beta_start: float | int = 1e-4
+    beta_end: float | int = 2e-2
+    image_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    text_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    diffusion_loss: Literal["score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon"] = "score_entropy_exact"
+    loss_weighting: Literal["unit", "snr_plus_one", "min_snr"] = "unit"
+    num_candidates: int = 8
+    kl_weight: float | int = 1e-2
+    diffusion_weight: float | int = 1.0
+    pinned_timestep_probability: float | int = 0.2
+    time_step_min: float | int = 1e-3
+    time_step_max: float | int = 1e-1
+    time_step_floor: float | int = 1e-4
+    rms_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
+
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    unk_token_id: int = 3
+    class_token_id: int = 4
+    time_image_token_id: int = 5
+    time_text_token_id: int = 6
+    image_start_token_id: int = 7
+    image_end_token_id: int = 8
+    text_start_token_id: int = 9
+    text_end_token_id: int = 10
+    image_token_id: int = 11
+    image_target_token_id: int = 12
+    text_target_token_id: int = 13
+    user_token_id: int = 14
+    assistant_token_id: int = 15
+    system_token_id: int = 16
+
+    def __post_init__(self, **kwargs):
+        if self.vae_config is None:
+            self.vae_config = MDMVAEConfig()
+        elif isinstance(self.vae_config, dict):
+            self.vae_config = MDMVAEConfig(**self.vae_config)
+        self.scan_directions = list(self.scan_directions)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MDMConfig":
+        """The configuration of a named size (`MDM_PRESETS`), with single fields overridden.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in MDM_PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(MDM_PRESETS)}.")
+        return cls(**(MDM_PRESETS[name] | overrides))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vae_config.vocab_size
+
+    @property
+    def latent_size(self) -> int:
+        return self.vae_config.latent_size
+
+    @property
+    def inner_size(self) -> int:
+        """Width of a block inside, per direction."""
+        return self.expand * self.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        """SSM heads per direction."""
+        return self.inner_size // self.head_dim
+
+    @property
+    def control_token_ids(self) -> list[int]:
+        """Tokens that frame the latents and are embedded as learned vectors; all others carry latents."""
+        return [
+            self.pad_token_id,
+            self.class_token_id,
+            self.time_image_token_id,
+            self.time_text_token_id,
+            self.image_start_token_id,
+            self.image_end_token_id,
+            self.text_start_token_id,
+            self.text_end_token_id,
+            self.user_token_id,
+            self.assistant_token_id,
+            self.system_token_id,
+        ]
+
+    def validate_sizes(self):
+        _require_positive(
+            self, "hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "num_train_timesteps"
+        )
+        _require_positive(self, "num_candidates")
+        if self.conv_kernel < 2:
+            raise ValueError(f"`conv_kernel` is {self.conv_kernel}; the causal convolution needs at least 2 taps.")
+        if self.num_classes < 0:
+            raise ValueError(f"`num_classes` is {self.num_classes}; it must be 0 (no classes) or more.")
+        if self.inner_size % self.head_dim:
+            raise ValueError(
+                f"`expand * hidden_size` = {self.expand} * {self.hidden_size} is not a multiple of `head_dim` "
+                f"{self.head_dim}; change one of the three."
+            )
+
+    def validate_scan(self):
+        images, texts = (*self.scan_directions, 0, 0)[:2]
+        if len(self.scan_directions) != 2 or not (1 <= texts <= 2 and texts <= images <= 4):
+            raise ValueError(
+                f"`scan_directions` is {self.scan_directions}; give two numbers, 1 to 4 image orders and 1 to 2 text "
+                "orders, no more text than image orders: [4, 2] is the paper's."
+            )
+
+    def validate_probabilities(self):
+        if not 0 <= self.pinned_timestep_probability <= 1:
+            raise ValueError(
+                f"`pinned_timestep_probability` is {self.pinned_timestep_probability}; it must lie in [0, 1]."
+            )
+        for name in ("kl_weight", "diffusion_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; a loss weight must be 0 or more.")
+
+
+MDM_PRESETS: dict[str, dict] = {
+    # Trained: 8x8 digits with captions, on a CPU.
+    "mdm-digits": {
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "state_size": 16,
+        "head_dim": 32,
+        "num_classes": 10,
+        "vae_config": {
+            "vocab_size": 384,
+            "num_channels": 1,
+            "patch_size": 2,
+            "latent_size": 16,
+            "hidden_size": 128,
+            "num_hidden_layers": 1,
+        },
+    },
+    # Untrained sizes. Images of 256x256 pixels enter as 32x32x4 latents of a pixel autoencoder, in patches of 2x2.
+    "mdm-base": {"hidden_size": 1024, "num_hidden_layers": 24, "num_classes": 1000, "vae_config": {"num_channels": 4}},
+    "mdm-1b": {"hidden_size": 2048, "num_hidden_layers": 49, "num_classes": 1000, "vae_config": {"num_channels": 4}},
+    "mdm-7b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 49,
+        "num_classes": 1000,
+        "scan_sharing": "independent",
+        "vae_config": {"num_channels": 4},
+    },
+}
+
+
+def _require_positive(config, *names: str):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be 1 or more.")

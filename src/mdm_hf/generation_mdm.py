@@ -1,0 +1,449 @@
+"""Sampling: the one denoising loop (paper Sec. 8, Alg. 2).
+
+Every modality follows its own time grid, driven by its own copy of one diffusers solver:
+
+    network call    1   2   3   ...                    N
+    text            [t = 1 ............ 0]                      both grids fill all N calls without a lag;
+    image                    [t = 1 ............ 0]             with lag 1 the text is done when the image starts
+
+Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
+prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+from transformers.utils import logging as hf_logging
+
+from .configuration_mdm import MDMConfig
+from .sequence_layout import SequenceLayout, check_inputs, image_of_each_row, plan_scans
+
+
+logger = hf_logging.get_logger(__name__)
+
+
+class MDMGenerationConfig(GenerationConfig):
+    """How [`MDMForMultiModalGeneration.generate`] samples.
+
+    Args:
+        num_inference_steps: Network calls per sample.
+        guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
+        modality_lag: Where image and text are generated together, how far one runs ahead: 0 both at once, 1 the text
+            is done before the image starts, -1 the reverse. The number of calls stays `num_inference_steps`.
+        use_cache: Compute the conditions once instead of in every step; the samples are the same.
+    """
+
+    def __init__(self, **kwargs):
+        # The parent's token-by-token options do not apply and are left out.
+        self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
+        self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
+        self.modality_lag = kwargs.pop("modality_lag", 1.0)
+        self.use_cache = kwargs.pop("use_cache", True)
+        self._from_model_config = kwargs.pop("_from_model_config", False)
+        self._commit_hash = kwargs.pop("_commit_hash", None)
+        self._original_object_hash = None
+        self.transformers_version = kwargs.pop("transformers_version", None)
+        kwargs.pop("generation_config_class", None)
+        if kwargs:
+            raise ValueError(
+                f"Unknown generation option(s) {sorted(kwargs)}; MDM knows num_inference_steps, guidance_scale, "
+                "modality_lag and use_cache."
+            )
+        self.validate()
+
+    def validate(self, **kwargs):
+        steps, scale, lag = self.num_inference_steps, self.guidance_scale, self.modality_lag
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more.")
+        if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
+        if not isinstance(lag, int | float) or not -1 <= lag <= 1:
+            raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
+
+    @staticmethod
+    def _get_default_generation_params() -> dict:
+        return {}
+
+    def get_generation_mode(self, *args, **kwargs):
+        raise NotImplementedError("MDM samples by diffusion; it has no token-by-token generation mode.")
+
+    @classmethod
+    def from_model_config(cls, *args, **kwargs):
+        raise NotImplementedError("A model config holds no generation options of MDM; use MDMGenerationConfig(...).")
+
+
+@dataclass
+class MDMGenerateOutput(ModelOutput):
+    """What [`MDMForMultiModalGeneration.generate`] returns.
+
+    Args:
+        sequences: (b, l) `input_ids` with the generated text filled in.
+        images: For each row, a list of its generated images (channels, height, width) in [-1, 1].
+        latents: (b, l, latent_size), the final latents of the targets, the posterior mean elsewhere.
+    """
+
+    sequences: Tensor | None = None
+    images: list[list[Tensor]] | None = None
+    latents: Tensor | None = None
+
+
+@dataclass
+class _Track:
+    """The time grid of one modality in those rows that target it alone, or together with the other one."""
+
+    level: int  # 1 image, 2 text
+    mask: Tensor  # (b, m) targets that follow it
+    first: int  # network call at which it starts
+    scheduler: Any
+    timesteps: Tensor  # of the solver, one per call
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.timesteps)
+
+    def time_after(self, calls: int, num_train_timesteps: int) -> float:
+        """t in [0, 1] when `calls` network calls are done."""
+        if calls < self.first:
+            return 1.0
+        if calls >= self.last:
+            return 0.0
+        return (float(self.timesteps[calls - self.first]) + 1) / num_train_timesteps
+
+    def advance(self, calls: int, z_0: Tensor, z: Tensor, generators: list) -> Tensor:
+        """One solver step from z_t with the prediction z0-hat; stochastic solvers draw from `generators`."""
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters and None not in generators
+        extra = {"generator": generators} if draws else {}
+        return self.scheduler.step(z_0, self.timesteps[calls - self.first], z, return_dict=False, **extra)[0]
+
+
+class MDMGenerationMixin:
+    """Gives the model `generate`. Knows the model only through `self`."""
+
+    config: MDMConfig
+    model: Any
+    dtype: torch.dtype
+    generation_config: MDMGenerationConfig
+    output_modalities = ("image", "text")
+
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *args, **kwargs):
+        """Called by `from_pretrained`: takes the given generation config or the repository's, if it has one."""
+        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        repository = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
+        if generation_config is not None:
+            self.generation_config = MDMGenerationConfig(**_sampling_options(generation_config))
+        elif path is not None:
+            try:
+                self.generation_config = MDMGenerationConfig.from_pretrained(path, **repository)
+            except OSError:
+                logger.info("The repository has no generation_config.json; using the defaults.")
+                self.generation_config = MDMGenerationConfig()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        class_ids: Tensor | None = None,
+        *,
+        generation_config: MDMGenerationConfig | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        scheduler=None,
+        callback_on_step_end: Callable | None = None,
+        generation_mode: str | None = None,
+        progress_bar: bool = False,
+        labels: Tensor | None = None,
+        **options,
+    ) -> MDMGenerateOutput:
+        """Generates whatever `target_mask` marks: images, text, or both.
+
+        Args:
+            input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids: As in `forward`;
+                [`MDMProcessor`] makes them.
+            generation_config: Defaults to `self.generation_config`; `options` override single fields
+                (`num_inference_steps`, `guidance_scale`, `modality_lag`, `use_cache`).
+            generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
+                independent of the batch it is in.
+            scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
+                second-order DPM-Solver++. Its betas are replaced by each modality's own.
+            callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
+                network call; `decode()` gives a preview as MDMGenerateOutput. It may return {"latents": ...} to
+                replace them.
+            generation_mode: "image" or "text"; checked against the targets, None accepts any.
+            progress_bar: Show the network calls on a progress bar.
+
+        Raises:
+            ValueError: inputs that do not fit together, no target, a scheduler that cannot drive this model.
+        """
+        config = self._sampling_config(generation_config, options)
+        if labels is not None:
+            raise ValueError("`generate` got `labels`; they are for training. Drop them from the inputs.")
+        check_inputs(
+            self.config, input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids, None, None
+        )
+        layout = self.model.layout(input_ids, image_grid_hw, attention_mask, target_mask)
+        _check_targets(layout, generation_mode)
+        generators = _as_generators(generator, len(input_ids))
+        conditions = self.model.encode(layout, input_ids, pixel_values).mean.float()
+        noise = self._draw_noise(layout, conditions, generators)
+
+        guided = config.guidance_scale != 1
+        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, guided, config.use_cache)
+        tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, input_ids.device)
+        z = view.start
+        steps = range(config.num_inference_steps)
+        for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
+            z_0 = view.predict(z, tracks, step, config.guidance_scale)
+            for track in tracks:
+                if track.first <= step < track.last:
+                    z = torch.where(track.mask.unsqueeze(-1), track.advance(step, z_0, z, generators), z)
+            if callback_on_step_end is not None:
+                preview = partial(self._decode, layout, view.restore(z_0), input_ids, pixel_values)
+                times = [track.time_after(step + 1, self.config.num_train_timesteps) for track in tracks]
+                changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
+                z = (changed or {}).get("latents", z)
+        return self._decode(layout, view.restore(z), input_ids, pixel_values)
+
+    def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
+        base = self.generation_config if generation_config is None else generation_config
+        given = {k: v for k, v in options.items() if v is not None}
+        return MDMGenerationConfig(**(_sampling_options(base) | given))
+
+    def default_scheduler(self) -> DPMSolverMultistepScheduler:
+        config = self.config
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=config.image_beta_schedule,
+            prediction_type="sample",
+            solver_order=2,
+        )
+
+    def _scheduler_for(self, scheduler, modality: str):
+        """A fresh copy of `scheduler` on the modality's betas."""
+        config, given = self.config, scheduler.config
+        kind = type(scheduler).__name__
+        if given.get("prediction_type") != "sample":
+            raise ValueError(
+                f"`scheduler` ({kind}) has prediction_type {given.get('prediction_type')!r}, but MDM predicts clean "
+                f'latents; build it with {kind}.from_config(scheduler.config, prediction_type="sample").'
+            )
+        if given.get("num_train_timesteps") != config.num_train_timesteps:
+            raise ValueError(
+                f"`scheduler` has num_train_timesteps {given.get('num_train_timesteps')}, the model was trained with "
+                f"{config.num_train_timesteps}; make them equal."
+            )
+        copied = type(scheduler).from_config(
+            given,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=getattr(config, f"{modality}_beta_schedule"),
+        )
+        if float(copied.init_noise_sigma) != 1:
+            raise ValueError(
+                f"`scheduler` ({kind}) starts from noise of scale {float(copied.init_noise_sigma):.3g}: it scales its "
+                "samples, MDM keeps them at unit variance; use DPMSolverMultistep, UniPCMultistep, DDIM or DDPM."
+            )
+        return copied
+
+    def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, device) -> list[_Track]:
+        calls, lag = config.num_inference_steps, config.modality_lag
+        image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
+        has_both = (image.any(1) & text.any(1)).unsqueeze(1)
+        joint_calls = max(1, round(calls * (1 - abs(lag) / 2)))
+        tracks = []
+        for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
+            for rows, length, first in (
+                (~has_both, calls, 0),
+                (has_both, joint_calls, 0 if is_first else calls - joint_calls),
+            ):
+                if bool((mask & rows).any()):
+                    solver = self._scheduler_for(scheduler, modality)
+                    solver.set_timesteps(length, device=device)
+                    if len(solver.timesteps) != length:
+                        raise ValueError(
+                            f"`scheduler` ({type(solver).__name__}) makes {len(solver.timesteps)} network calls of "
+                            f"{length} steps; use a solver with one call a step."
+                        )
+                    tracks.append(_Track(level, mask & rows, first, solver, solver.timesteps))
+        return tracks
+
+    def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
+        """Noise at the targets, drawn row by row on the CPU so that no row depends on its neighbours or padding."""
+        noise = torch.zeros(like.shape, dtype=torch.float32)
+        mask = layout.is_target.cpu()
+        for row, generator in enumerate(generators):
+            count = int(mask[row].sum())
+            noise[row, mask[row]] = torch.randn(count, like.shape[-1], generator=generator)
+        return noise.to(like.device)
+
+    def _decode(self, layout, latents: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> MDMGenerateOutput:
+        """Latents (b, l, d) -> text and images (paper Sec. 4.2.2)."""
+        config, vae = self.config, self.model.vae
+        sequences = input_ids.clone()
+        text = layout.is_target & layout.is_text
+        if bool(text.any()):
+            logits = vae.decode_tokens(latents[text].to(self.dtype)).float()
+            forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
+            logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
+            sequences[text] = logits.argmax(-1)
+        images: list[list[Tensor]] = [[] for _ in range(len(input_ids))]
+        wanted = layout.is_target & layout.is_patch
+        for row in wanted.any(1).nonzero().flatten().tolist():
+            for index in layout.image_index[row][wanted[row]].unique().tolist():
+                at = layout.is_patch[row] & (layout.image_index[row] == index)
+                h, w = layout.grid[row][at][0].tolist()
+                image = vae.decode_images(latents[row][at].view(1, h, w, -1).to(self.dtype))[0].float()
+                keep = (at & layout.is_known_patch[row] & ~layout.is_target[row])[at]
+                if bool(keep.any()):  # a partly known image keeps its known pixels
+                    p = config.vae_config.patch_size
+                    known = pixel_values[int(layout.known_index[row][at][0]), :, : h * p, : w * p].to(image)
+                    keep = keep.view(h, w).repeat_interleave(p, 0).repeat_interleave(p, 1)
+                    image = torch.where(keep, known, image)
+                images[row].append(image.clamp(-1, 1))
+        return MDMGenerateOutput(sequences=sequences, images=images, latents=latents)
+
+
+class _Denoiser:
+    """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
+
+    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, guided: bool, use_cache: bool):
+        self.model, self.guided, self.full_layout = model, guided, layout
+        config = model.config
+        in_prefix = ~layout.in_target_group & ~layout.is_padding
+        self.index = _positions(~in_prefix & ~layout.is_padding) if use_cache else _positions(~layout.is_padding)
+        self.layout = layout.select(*self.index)
+        self.conditions = conditions
+        self.noise = _pick(noise, self.index[0])
+        self.clean = _pick(conditions, self.index[0])
+        self.start = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
+
+        both, class_pair, latents = layout, class_ids, conditions
+        if guided:
+            role = layout.input_ids == config.assistant_token_id
+            last_role = role & (role.long().flip(1).cumsum(1).flip(1) == 1)
+            dropped = in_prefix & ~last_role & (layout.input_ids != config.class_token_id)
+            bare = copy.copy(layout)
+            bare.is_padding = layout.is_padding | dropped
+            both = _stack(layout, bare)
+            none = torch.full_like(layout.input_ids[:, 0], -1)
+            class_pair = torch.cat([none if class_ids is None else class_ids, none])
+            latents = torch.cat([conditions, conditions])
+        has_image = None if image_grid_hw is None else image_of_each_row(both)
+        self.class_ids = class_pair
+        self.cache = None
+        clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
+        if use_cache:
+            from_prefix = ~both.in_target_group & ~both.is_padding
+            index, is_real = _positions(from_prefix, right_aligned=True)
+            prefix = both.select(index, is_real)
+            plan = plan_scans(config, prefix, has_image, padding_first=True)
+            self.cache = model.new_condition_cache()
+            model.model.denoise(_pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
+            self.cache.freeze()
+        pair = self.index if not guided else tuple(torch.cat([part, part]) for part in self.index)
+        self.pair_layout = both.select(*pair)
+        self.plan = plan_scans(config, self.pair_layout, has_image)
+
+    def predict(self, z: Tensor, tracks: list[_Track], step: int, guidance_scale: float) -> Tensor:
+        """z0-hat (b, m, d) after `step` network calls are done."""
+        model, vae = self.model, self.model.model.vae
+        total = model.config.num_train_timesteps
+        b = len(z)
+        t = torch.zeros(b, 2, device=z.device)
+        is_done = torch.zeros_like(self.layout.is_target)
+        for track in tracks:
+            rows = track.mask.any(1)
+            t[:, track.level - 1] = torch.where(rows, track.time_after(step, total), t[:, track.level - 1])
+            if step >= track.last:
+                is_done = is_done | track.mask
+        if self.guided:
+            z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), self.noise, z)])
+            t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
+        else:
+            z_pair, t_pair = z, t
+        hidden = model.model.denoise(z_pair, self.pair_layout, self.plan, t_pair, self.class_ids, self.cache)
+        level = model.model.alpha_bar_at(self.pair_layout, t_pair)
+        z_0 = model.predict_latents(hidden, z_pair, level)
+        is_text = self.layout.is_text & self.layout.is_target
+        if self.guided:
+            with_conditions, without = z_0.chunk(2)
+            z_0 = without + guidance_scale * (with_conditions - without)
+        if bool(is_text.any()):
+            pairs = [part[is_text] for part in (with_conditions, without)] if self.guided else [z_0[is_text]]
+            logits = [vae.decode_tokens(part.to(model.dtype)).float() for part in pairs]
+            mixed = logits[1] + guidance_scale * (logits[0] - logits[1]) if self.guided else logits[0]
+            z_0 = z_0.clone()
+            z_0[is_text] = vae.expected_token_latent(mixed).float()
+        return z_0
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Latents of the active positions (b, m, d) back into the whole sequence (b, l, d)."""
+        index, is_real = self.index
+        b, l, d = self.conditions.shape
+        rows = torch.arange(b, device=z.device).unsqueeze(1).expand_as(index)
+        whole = self.conditions.clone()
+        whole[rows[is_real], index[is_real]] = z[is_real]
+        return torch.where(self.full_layout.is_target.unsqueeze(-1), whole, self.conditions)
+
+
+def _positions(mask: Tensor, right_aligned: bool = False) -> tuple[Tensor, Tensor]:
+    """Where `mask` (b, l) holds, in order: indices (b, m) and which of them are real; m is the longest row, >= 1."""
+    longest = max(int(mask.sum(1).max()), 1)
+    order = torch.argsort(mask.long(), dim=1, stable=True, descending=not right_aligned)
+    index = order[:, -longest:] if right_aligned else order[:, :longest]
+    return index, mask.gather(1, index)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
+    pairs = {name: torch.cat([value, getattr(second, name)]) for name, value in vars(first).items()}
+    return SequenceLayout(**pairs)
+
+
+def _sampling_options(config) -> dict:
+    names = ("num_inference_steps", "guidance_scale", "modality_lag", "use_cache")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+
+
+def _as_generators(generator, batch: int) -> list:
+    if isinstance(generator, list | tuple):
+        if len(generator) != batch:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for a batch of {batch}; give one per row, or a single one."
+            )
+        return list(generator)
+    return [generator] * batch
+
+
+def _check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
+    image, text = (layout.is_target & layout.is_patch), (layout.is_target & layout.is_text)
+    empty = ~(image | text).any(1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"`target_mask` marks nothing to generate in row {empty.nonzero()[0].item()}; set it to 1 at patches or "
+            'text tokens, for instance with MDMProcessor(..., generate=("image", "text")).'
+        )
+    if generation_mode is not None:
+        if generation_mode not in ("image", "text"):
+            raise ValueError(f"`generation_mode` is {generation_mode!r}; it must be 'image', 'text' or None.")
+        if not bool((image if generation_mode == "image" else text).any()):
+            raise ValueError(
+                f"`generation_mode` is {generation_mode!r}, but the inputs have no such target; make them with "
+                f"generate=({generation_mode!r},)."
+            )

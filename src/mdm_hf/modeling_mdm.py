@@ -1,0 +1,640 @@
+"""MDM: one Mamba-2 diffusion model over one unified latent space (paper Sec. 4, Fig. 2).
+
+Read bottom-up: `MDMMixer` (scan, convolve, select, unscan), `MDMBlock` (norm, mixer, skip), `MDMModel` (encode, noise,
+embed, blocks), `MDMForMultiModalGeneration` (predict the clean latents, losses of Eq. 18).
+
+Symbols
+    z_0, z_t   clean and noisy latents, Eq. 1               (b, l, d)
+    t          timesteps in [0, 1], image and text          (b, 2)
+    h          hidden state of a position                   (b, l, hidden_size)
+    k          scan directions
+    x, B, C, dt   input, state projections and step size of the selective scan, Eq. 10-13
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mdm import MDMConfig
+from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
+from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
+from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
+from .scan_switch import scan, unscan
+from .score_entropy import (
+    ddpm_epsilon_loss,
+    image_score_entropy_exact,
+    image_score_entropy_sampled,
+    loss_weight,
+    text_score_entropy,
+)
+from .sequence_layout import ScanPlan, SequenceLayout, build_layout, check_inputs, image_of_each_row, plan_scans
+from .ssd import causal_conv, ssd
+
+
+class MDMConditionCache:
+    """What each block remembers of the prefix: the tail of its convolution input and its SSM state, per direction.
+
+    Conditions come first in every direction and never see t, so both are the same in every denoising step. Filled by
+    one pass over the prefix; read-only after `freeze()`.
+    """
+
+    def __init__(self):
+        self.conv: list[Tensor] = []  # per block (b, conv_kernel - 1, k, inner_size + 2 state_size)
+        self.ssm: list[Tensor] = []  # per block (b, k * heads, head_dim, state_size), fp32
+        self.is_frozen = False
+
+    def append(self, conv: Tensor, ssm: Tensor):
+        self.conv.append(conv)
+        self.ssm.append(ssm)
+
+    def freeze(self) -> "MDMConditionCache":
+        self.is_frozen = True
+        return self
+
+
+class MDMRMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class MDMProjections(nn.Module):
+    """The linear input and output projections of a mixer (paper Sec. 4.2.1, items 1 and 6)."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        in_features = 2 * config.inner_size + 2 * config.state_size + config.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, in_features, bias=False)
+        self.norm = MDMRMSNorm(config.inner_size, config.rms_norm_eps)
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+
+
+class MDMMixer(nn.Module):
+    """Scan switch, causal convolution and selective scan in K directions, merged, gated and projected.
+
+    Convolution, A, D and the bias of dt are per direction. The projections are shared by all directions, or each
+    direction has its own for image and for text positions (`scan_sharing="independent"`).
+    """
+
+    def __init__(self, config: MDMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        num_images, num_texts = config.scan_directions
+        self.is_independent = config.scan_sharing == "independent"
+        self.only_direction = layer_idx % num_images if config.scan_sharing == "alternate" else None
+        self.num_image_projections = num_images if self.is_independent else 1
+        num_projections = num_images + num_texts if self.is_independent else 1
+        self.projections = nn.ModuleList(MDMProjections(config) for _ in range(num_projections))
+        directions = 1 if self.only_direction is not None else num_images
+        conv_channels = config.inner_size + 2 * config.state_size
+        self.conv_weight = nn.Parameter(torch.empty(directions, conv_channels, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(directions, conv_channels))
+        self.A_log = nn.Parameter(torch.empty(directions, config.num_heads))
+        self.D = nn.Parameter(torch.empty(directions, config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(directions, config.num_heads))
+
+    def project_in(self, hidden_states: Tensor, is_image: Tensor) -> list[Tensor]:
+        """One projection for all directions, or one per direction: (b, l, z + x + B + C + dt) each."""
+        if not self.is_independent:
+            return [self.projections[0].in_proj(hidden_states)]
+        n = self.num_image_projections
+        images, texts = self.projections[:n], self.projections[n:]
+        return [
+            torch.where(is_image, image.in_proj(hidden_states), texts[k % len(texts)].in_proj(hidden_states))
+            for k, image in enumerate(images)
+        ]
+
+    def project_out(self, merged: list[Tensor], gates: list[Tensor], is_image: Tensor) -> Tensor:
+        """Gate, norm, out_proj; the sum over the directions if each has its own projections: (b, l, h)."""
+
+        def project(i: int, y: Tensor, z: Tensor) -> Tensor:
+            branch = self.projections[i]
+            return branch.out_proj(branch.norm(y * F.silu(z)))
+
+        if not self.is_independent:
+            return project(0, merged[0], gates[0])
+        n = self.num_image_projections
+        num_texts = len(self.projections) - n
+        by_direction = [
+            torch.where(is_image, project(k, y, z), project(n + k % num_texts, y, z))
+            for k, (y, z) in enumerate(zip(merged, gates, strict=True))
+        ]
+        return torch.stack(by_direction).sum(0)
+
+    def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None, layer_idx=0):
+        config = self.config
+        inner, state, heads = config.inner_size, config.state_size, config.num_heads
+        b, l, _ = hidden_states.shape
+        only = self.only_direction
+        order, rank, step_is_real = (
+            value if only is None else value[..., only : only + 1]
+            for value in (plan.order, plan.rank, plan.step_is_real)
+        )
+        directions = order.shape[-1]
+
+        projected = self.project_in(hidden_states, plan.is_image)[:directions]
+        parts = [p.split([inner, inner, state, state, heads], dim=-1) for p in projected]
+        width = directions // len(parts)  # directions that read the same projection
+        orders, ranks = order.split(width, dim=-1), rank.split(width, dim=-1)
+
+        def read(i: int) -> Tensor:  # part i in every direction: (b, l, k, c)
+            return torch.cat([scan(p[i], o, r) for p, o, r in zip(parts, orders, ranks, strict=True)], dim=2)
+
+        x, B, C, dt = (read(i) for i in range(1, 5))
+        tail, ssm_state = None, None
+        if cache is not None and cache.is_frozen:
+            tail, ssm_state = cache.conv[layer_idx], cache.ssm[layer_idx]
+        elif cache is not None:
+            tail = torch.cat([x, B, C], dim=-1)[:, -(config.conv_kernel - 1) :]
+            tail = F.pad(tail, (0, 0, 0, 0, config.conv_kernel - 1 - tail.shape[1], 0))
+
+        def convolve(value: Tensor, first: int) -> Tensor:
+            channels = slice(first, first + value.shape[-1])
+            history = tail[..., channels].flatten(2) if cache is not None and cache.is_frozen else None
+            weight = self.conv_weight[:directions, channels].flatten(0, 1)
+            bias = self.conv_bias[:directions, channels].flatten()
+            return F.silu(causal_conv(value.flatten(2), weight, bias, history)).view(value.shape)
+
+        x, B, C = convolve(x, 0), convolve(B, inner), convolve(C, inner + state)
+        dt = F.softplus(dt.float() + self.dt_bias[:directions].float()) * step_is_real.unsqueeze(-1)  # 0 at padding
+        y = ssd(
+            x.view(b, l, directions * heads, config.head_dim),
+            dt.flatten(2),
+            -self.A_log[:directions].float().exp().flatten(),
+            B,
+            C,
+            chunk_size=config.chunk_size,
+            D=self.D[:directions].float().flatten(),
+            initial_states=ssm_state,
+            return_final_states=cache is not None and not cache.is_frozen,
+        )
+        if cache is not None and not cache.is_frozen:
+            y, ssm_state = y
+            cache.append(tail, ssm_state)
+        y = y.reshape(b, l, directions, inner)
+        if plan.direction_weight is not None and only is None:
+            y = y * plan.direction_weight.to(y.dtype)
+        merged = [unscan(part, o, r) for part, o, r in zip(y.split(width, dim=2), orders, ranks, strict=True)]
+        return self.project_out(merged, [p[0] for p in parts], plan.is_image)
+
+
+class MDMBlock(GradientCheckpointingLayer):
+    """h + mixer(norm(h)); padding stays zero, so that it never enters a convolution."""
+
+    def __init__(self, config: MDMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MDMMixer(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
+        mixed = self.mixer(self.norm(hidden_states), plan, cache, self.layer_idx)
+        return (hidden_states + mixed) * plan.is_real.to(hidden_states.dtype)
+
+
+def sinusoid(position: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
+    """Sines and cosines of `position` at size / 2 frequencies from 1 to 1 / max_period: (..., size)."""
+    exponent = torch.arange(size // 2, device=position.device, dtype=torch.float32) / max(size // 2, 1)
+    angle = position.float().unsqueeze(-1) * torch.exp(-math.log(max_period) * exponent)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, size % 2))
+
+
+class MDMEmbeddings(nn.Module):
+    """Latents, control tokens, class, noise level and place of each position -> h (paper Sec. 4.1, Fig. 2d-e)."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.latent_projection = nn.Linear(config.latent_size, size)
+        self.control_embedding = nn.Embedding(max(config.control_token_ids) + 1, size)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, size)  # the last one is "none"
+        self.modality_embedding = nn.Embedding(2, size)  # text, image
+        self.position_projection = nn.Linear(size, size, bias=False)
+        self.time_embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, latents: Tensor, layout: SequenceLayout, timesteps: Tensor, class_ids: Tensor | None) -> Tensor:
+        config, dtype = self.config, self.latent_projection.weight.dtype
+        ids = layout.input_ids
+        carries_latent = (layout.is_patch | layout.is_text).unsqueeze(-1)
+        control = self.control_embedding(ids.clamp(max=self.control_embedding.num_embeddings - 1))
+        none = torch.full_like(ids[:, 0], -1) if class_ids is None else class_ids
+        category = self.class_embedding(torch.where(none < 0, config.num_classes, none)).unsqueeze(1)
+        control = control + category * (ids == config.class_token_id).unsqueeze(-1)
+        h = torch.where(carries_latent, self.latent_projection(latents.to(dtype)), control)
+
+        size = config.hidden_size
+        place = torch.cat([sinusoid(layout.row, size - size // 2), sinusoid(layout.column, size // 2)], dim=-1)
+        h = h + self.position_projection(place.to(dtype)) + self.modality_embedding(layout.is_image.long())
+        levels = F.pad(timesteps.float(), (1, 0)) * config.num_train_timesteps  # 0 clean, 1 image, 2 text
+        time = self.time_embedding(sinusoid(levels, size).to(dtype))
+        h = h + time.gather(1, layout.level.unsqueeze(-1).expand(-1, -1, size))
+        return h * (~layout.is_padding).unsqueeze(-1)
+
+
+@dataclass
+class MDMModelOutput(ModelOutput):
+    """Output of [`MDMModel`].
+
+    Args:
+        last_hidden_state: (b, l, hidden_size), normalised.
+        hidden_states: Output of each block, if asked for.
+        latents: z_0 (b, l, latent_size), detached from the VAE.
+        noisy_latents: z_t; equal to z_0 except at targets.
+        alpha_bar: (b, l), the noise schedule at each position's timestep; 1 where it is clean.
+        timesteps: (b, 2), t of image and text.
+        noise: (b, l, latent_size).
+        posterior: q(z | g) of every position.
+        layout: What each position is.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    latents: Tensor | None = None
+    noisy_latents: Tensor | None = None
+    alpha_bar: Tensor | None = None
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+    posterior: MDMLatentPosterior | None = None
+    layout: SequenceLayout | None = None
+
+
+@dataclass
+class MDMOutput(ModelOutput):
+    """Output of [`MDMForMultiModalGeneration`].
+
+    Args:
+        loss: L_total of Eq. 18, if `labels` are given.
+        loss_rec_image, loss_rec_text, loss_kl: Reconstruction and KL terms (Eq. 15-17), unweighted.
+        loss_se_image, loss_se_text: Score entropy (Eq. 4) of each modality, unweighted.
+        logits: (b, l, vocab_size), the VAE decoder's view of z0-hat.
+        predicted_latents: z0-hat (b, l, latent_size).
+        hidden_states: Output of each block, if asked for.
+    """
+
+    loss: Tensor | None = None
+    loss_rec_image: Tensor | None = None
+    loss_rec_text: Tensor | None = None
+    loss_kl: Tensor | None = None
+    loss_se_image: Tensor | None = None
+    loss_se_text: Tensor | None = None
+    logits: Tensor | None = None
+    predicted_latents: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MDMPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of all MDM models."""
+
+    config: MDMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MDMBlock"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+    _can_record_outputs = {"hidden_states": MDMBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        config = self.config
+        if isinstance(module, MDMMixer):
+            init.uniform_(module.conv_weight, -(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
+            init.zeros_(module.conv_bias)
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
+            init.ones_(module.D)
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        elif isinstance(module, MDMRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MDMModel):
+            for name in ("image", "text"):
+                init.copy_(getattr(module, f"{name}_alpha_bar"), module.alpha_bar_of(name))
+        elif isinstance(module, nn.Linear):
+            depth = config.num_hidden_layers if module.out_features == config.hidden_size else 1
+            init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+
+
+class MDMModel(MDMPreTrainedModel):
+    """Encodes a sequence, noises its targets and runs the blocks. `forward` is one training or scoring step;
+    `generate` of the head calls its parts."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__(config)
+        self.vae = MDMVAEModel(config.vae_config)  # type: ignore[arg-type]
+        self.embeddings = MDMEmbeddings(config)
+        self.layers = nn.ModuleList(MDMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name in ("image", "text"):
+            self.register_buffer(f"{name}_alpha_bar", self.alpha_bar_of(name), persistent=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def alpha_bar_of(self, modality: str) -> Tensor:
+        """The modality's noise schedule as a table over t = 0, 1 / T, ..., 1: (T + 1,)."""
+        config = self.config
+        schedule = getattr(config, f"{modality}_beta_schedule")
+        with torch.device("cpu"):
+            return alpha_bar_table(config.num_train_timesteps, config.beta_start, config.beta_end, schedule).float()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.vae.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.vae.token_embedding = value
+
+    def layout(self, input_ids, image_grid_hw=None, attention_mask=None, target_mask=None) -> SequenceLayout:
+        grid_hw = input_ids.new_ones(1, 2) if image_grid_hw is None else image_grid_hw.to(input_ids.device)
+        return build_layout(self.config, input_ids, attention_mask, target_mask, grid_hw)
+
+    def encode(self, layout: SequenceLayout, input_ids: Tensor, pixel_values: Tensor | None) -> MDMLatentPosterior:
+        """q(z | g) of every position (b, l, latent_size); no meaning at control tokens and patches to generate."""
+        posterior = self.vae.encode_tokens(input_ids)
+        if pixel_values is None:
+            return posterior
+        images = self.vae.encode_images(pixel_values.to(self.dtype))
+        _, h, w, _ = images.mean.shape
+        at = (layout.known_index, layout.row.clamp(max=h - 1), layout.column.clamp(max=w - 1))
+        known = layout.is_known_patch.unsqueeze(-1)
+        return MDMLatentPosterior(
+            mean=torch.where(known, images.mean[at], posterior.mean),
+            log_variance=torch.where(known, images.log_variance[at], posterior.log_variance),
+        )
+
+    def alpha_bar_at(self, layout: SequenceLayout, timesteps: Tensor) -> Tensor:
+        """The noise schedule at each position: (b, l); 1 wherever the position is no target."""
+        image = alpha_bar(timesteps[:, :1], self.image_alpha_bar)
+        text = alpha_bar(timesteps[:, 1:], self.text_alpha_bar)
+        level = torch.where(layout.is_patch, image, text)
+        return torch.where(layout.is_target, level, torch.ones_like(level))
+
+    def draw_timesteps(self, layout: SequenceLayout) -> Tensor:
+        """t of image and text, independent and uniform in (0, 1], (b, 2). Where a row targets both, one of the two is
+        sometimes pinned to 0 or 1, the ends through which lagged sampling passes."""
+        b, device = layout.input_ids.shape[0], layout.input_ids.device
+        t = 1 - torch.rand(b, 2, device=device)
+        has_both = (layout.is_target & layout.is_patch).any(1) & (layout.is_target & layout.is_text).any(1)
+        pin = has_both & (torch.rand(b, device=device) < self.config.pinned_timestep_probability)
+        which = torch.rand(b, 1, device=device) < 0.5
+        chosen = torch.cat([which, ~which], dim=1) & pin.unsqueeze(1)
+        return torch.where(chosen, (torch.rand(b, 1, device=device) < 0.5).float(), t)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        layout: SequenceLayout,
+        plan: ScanPlan,
+        timesteps: Tensor,
+        class_ids: Tensor | None = None,
+        cache: MDMConditionCache | None = None,
+    ) -> Tensor:
+        """Runs the blocks over z_t: (b, l, hidden_size). With a cache, over the prefix (fills it) or the target group
+        (reads it)."""
+        hidden_states = self.embeddings(latents, layout, timesteps, class_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, plan, cache)
+        return self.norm(hidden_states)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        class_ids: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        **kwargs,
+    ) -> MDMModelOutput:
+        """One pass over conditions and noised targets.
+
+        Args:
+            input_ids: (b, l) token ids; `image_token_id` once per known patch, the true ids at known and target text.
+            pixel_values: (n, c, height, width) in [-1, 1], the known images of the batch in row order, padded at the
+                bottom and on the right.
+            image_grid_hw: (m, 2) rows and columns in patches of every image of the batch, in row order.
+            attention_mask: (b, l), 0 at padding. All ones if absent.
+            target_mask: (b, l), 1 where the model is to generate.
+            class_ids: (b,) data category, -1 for none.
+            timesteps: (b, 2) t of image and text in [0, 1]; drawn if absent.
+            noise: (b, l, latent_size) epsilon of Eq. 1; drawn if absent.
+
+        Raises:
+            ValueError: inputs that do not fit together; the message says what was got, what is needed, what to do.
+        """
+        check_inputs(
+            self.config,
+            input_ids,
+            pixel_values,
+            image_grid_hw,
+            attention_mask,
+            target_mask,
+            class_ids,
+            timesteps,
+            noise,
+        )
+        layout = self.layout(input_ids, image_grid_hw, attention_mask, target_mask)
+        posterior = self.encode(layout, input_ids, pixel_values)
+        clean = posterior.mean
+        if self.training:
+            sampled = posterior.sample(torch.randn_like(clean))
+            clean = torch.where(layout.is_target.unsqueeze(-1), sampled, clean)
+        z_0 = clean.detach().float()  # L_se never trains the encoder: it would shrink or inflate the latents
+        timesteps = self.draw_timesteps(layout) if timesteps is None else timesteps.float()
+        noise = torch.randn_like(z_0) if noise is None else noise.float()
+        level = self.alpha_bar_at(layout, timesteps)
+        z_t = add_noise(z_0, noise, level)
+        has_image = None if image_grid_hw is None else image_of_each_row(layout)
+        plan = plan_scans(self.config, layout, has_image)
+        return MDMModelOutput(
+            last_hidden_state=self.denoise(z_t, layout, plan, timesteps, class_ids),
+            latents=z_0,
+            noisy_latents=z_t,
+            alpha_bar=level,
+            timesteps=timesteps,
+            noise=noise,
+            posterior=posterior,
+            layout=layout,
+        )
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`; 0, with a gradient path, where it is empty."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
+
+
+class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
+    """MDM with its head: predicts the clean latents, computes L_total, generates images and text."""
+
+    output_modalities = ("image", "text")
+    accepts_loss_kwargs = False
+    generation_config_class = MDMGenerationConfig
+
+    def __init__(self, config: MDMConfig):
+        super().__init__(config)
+        self.model = MDMModel(config)
+        self.latent_head = nn.Linear(config.hidden_size, config.latent_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self.latent_head:  # the first prediction is the best linear one
+            init.zeros_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.vae.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.model.vae.token_embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.model.vae.token_head
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.model.vae.token_head = value
+
+    def new_condition_cache(self) -> MDMConditionCache:
+        """An empty cache for the prefix of one batch."""
+        return MDMConditionCache()
+
+    def predict_latents(self, hidden_states: Tensor, noisy_latents: Tensor, level: Tensor) -> Tensor:
+        """z0-hat = sqrt(alpha_bar) z_t + sqrt(1 - alpha_bar) F(h).
+
+        The first term is the best linear guess for latents of unit scale; the network adds what is known beyond it
+        and is asked for nothing where there is no noise. `level` is alpha_bar (b, l).
+        """
+        level = level.unsqueeze(-1)
+        return level.sqrt() * noisy_latents + (1 - level).sqrt() * self.latent_head(hidden_states).float()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        class_ids: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MDMOutput:
+        """Predicts the clean latents; with `labels`, L_total of Eq. 18 and its parts.
+
+        Args:
+            labels: (b, l) token ids at text targets, -100 elsewhere. Image targets need none: their pixels are in
+                `pixel_values`.
+
+        All other arguments are those of [`MDMModel.forward`].
+
+        Raises:
+            ValueError: `labels` without any target, and whatever [`MDMModel.forward`] raises.
+        """
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}; they must be "
+                    "equal: one entry a token, -100 outside text targets."
+                )
+            input_ids = torch.where(labels >= 0, labels, input_ids)
+        outputs = self.model(
+            input_ids,
+            pixel_values=pixel_values,
+            image_grid_hw=image_grid_hw,
+            attention_mask=attention_mask,
+            target_mask=target_mask,
+            class_ids=class_ids,
+            timesteps=timesteps,
+            noise=noise,
+            **kwargs,
+        )
+        predicted = self.predict_latents(outputs.last_hidden_state, outputs.noisy_latents, outputs.alpha_bar)
+        logits = self.model.vae.decode_tokens(predicted.to(self.dtype))
+        losses = {} if labels is None else self.losses(outputs, predicted, logits, pixel_values, labels)
+        return MDMOutput(**losses, logits=logits, predicted_latents=predicted, hidden_states=outputs.hidden_states)
+
+    def losses(
+        self, outputs: MDMModelOutput, predicted: Tensor, logits: Tensor, pixel_values: Tensor | None, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """L_total = L_rec^img + L_rec^txt + beta L_KL + lambda L_se (Eq. 18) and its parts."""
+        config, layout = self.config, outputs.layout
+        if not torch.compiler.is_compiling() and not bool(layout.is_target.any()):
+            raise ValueError(
+                "`target_mask` marks no target, so there is nothing to learn; set it to 1 at the patches and text "
+                "tokens to generate, as MDMProcessor does for the last assistant message."
+            )
+        is_noised = layout.is_target & (outputs.alpha_bar < 1)
+        is_known_text = layout.is_text & (layout.input_ids != config.text_target_token_id)
+        text_target, image_target = is_noised & is_known_text, is_noised & layout.is_known_patch
+        level = outputs.alpha_bar
+
+        if config.diffusion_loss == "ddpm_epsilon":
+            se = ddpm_epsilon_loss(predicted, outputs.noise, outputs.noisy_latents, level)
+            loss_se_image, loss_se_text = _masked_mean(se, image_target), _masked_mean(se, text_target)
+        else:
+            if config.diffusion_loss == "score_entropy_sampled":
+                se = image_score_entropy_sampled(
+                    outputs.latents,
+                    predicted,
+                    outputs.noisy_latents,
+                    outputs.timesteps[:, :1].expand_as(level),
+                    self.model.image_alpha_bar,
+                    num_candidates=config.num_candidates,
+                )
+            else:
+                se = image_score_entropy_exact(outputs.latents, predicted, loss_weight(level, config.loss_weighting))
+            loss_se_image = _masked_mean(se, image_target)
+            loss_se_text = _masked_mean(
+                text_score_entropy(logits, torch.where(text_target, layout.input_ids, -100)), text_target
+            )
+
+        vae, posterior = self.model.vae, outputs.posterior
+        z = posterior.sample(torch.randn_like(posterior.mean)) if self.training else posterior.mean
+        loss_rec_text = _masked_mean(text_score_entropy(vae.decode_tokens(z), layout.input_ids), is_known_text)
+        loss_rec_image = torch.zeros_like(loss_rec_text)
+        if pixel_values is not None:
+            patches = patchify(pixel_values, config.vae_config.patch_size).to(z.dtype)
+            _, h, w, _ = patches.shape
+            pixels = patches[layout.known_index, layout.row.clamp(max=h - 1), layout.column.clamp(max=w - 1)]
+            error = reconstruction_loss(pixels, vae.pixel_head(vae.decoder(z)))
+            loss_rec_image = _masked_mean(error, layout.is_known_patch & ~layout.is_padding)
+        loss_kl = _masked_mean(posterior.kl(), is_known_text | (layout.is_known_patch & ~layout.is_padding))
+        loss = (
+            loss_rec_image
+            + loss_rec_text
+            + config.kl_weight * loss_kl
+            + config.diffusion_weight * (loss_se_image + loss_se_text)
+        )
+        return {
+            "loss": loss,
+            "loss_rec_image": loss_rec_image,
+            "loss_rec_text": loss_rec_text,
+            "loss_kl": loss_kl,
+            "loss_se_image": loss_se_image,
+            "loss_se_text": loss_se_text,
+        }

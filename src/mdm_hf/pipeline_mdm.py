@@ -1,0 +1,172 @@
+"""MDMPipeline: conditions in, text and pictures out, in one call."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from transformers import Pipeline
+from transformers.utils import logging
+
+from .modeling_mdm import MDMForMultiModalGeneration
+from .processing_mdm import MDMProcessor
+
+
+class MDMPipeline(Pipeline):
+    """Generates images, text, or both, from any mixture of conditions.
+
+    Example:
+
+    ```python
+    from mdm_hf import MDMPipeline
+
+    pipe = MDMPipeline.from_pretrained("model_cards/mdm-digits")
+    result = pipe(text="a handwritten three", generate="image", seed=0)[0]
+    result["images"][0].save("three.png")
+    ```
+
+    Args:
+        model: The model, with its head.
+        processor: Its processor.
+        scheduler: A diffusers scheduler with `prediction_type="sample"`; `generate`'s default if None.
+        kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, model, processor: MDMProcessor | None = None, scheduler=None, **kwargs):
+        super().__init__(model=model, processor=processor, **kwargs)
+        self.scheduler = scheduler
+        self.progress_bar = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, device=None, batch_size=None, **kwargs):
+        """Loads model, processor and scheduler from one folder or Hub repository.
+
+        Args:
+            device: "cpu", "cuda:1", ...; the first accelerator by default.
+            batch_size: Samples per `generate` call, 32 by default.
+            kwargs: `revision`, `token`, `cache_dir`, ... for all parts; `dtype` and `device_map` for the model.
+        """
+        shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        model = MDMForMultiModalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = MDMProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
+        scheduler = DPMSolverMultistepScheduler.from_pretrained(
+            pretrained_model_name_or_path, subfolder="scheduler", **shared
+        )
+        return cls(model.eval(), processor, scheduler, device=device, batch_size=batch_size)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Writes model, processor, scheduler and generation config into one folder."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        (self.scheduler or self.model.default_scheduler()).save_pretrained(Path(save_directory) / "scheduler")
+
+    def set_progress_bar_config(self, disable: bool = False):
+        """Shows or hides the progress bar over the network calls."""
+        self.progress_bar = not disable
+
+    def __call__(
+        self,
+        text: str | list[str | None] | None = None,
+        images=None,
+        class_ids: int | list[int | None] | None = None,
+        messages: list[dict] | list[list[dict]] | None = None,
+        generate: str | tuple[str, ...] = ("image", "text"),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        modality_lag: float | None = None,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+        scheduler=None,
+        callback_on_step_end: Callable | None = None,
+    ) -> list[dict]:
+        """Generates `num_return_sequences` samples for each prompt.
+
+        Args:
+            text, images, class_ids: Conditions; each one value, or a list (a batch; lists of one length, None where a
+                prompt has no such condition). All absent: unconditional.
+            messages: Conversations instead of the three above: one list of messages, or a list of such lists.
+            generate: "image", "text", or both.
+            num_inference_steps, guidance_scale, modality_lag: See [`MDMGenerationConfig`]; the model's defaults
+                where None.
+            seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt.
+                None draws a seed at random.
+            image_size: (height, width) in pixels of the images to generate.
+            max_new_tokens: Length of the text canvas in tokens.
+            batch_size: Samples per `generate` call, 32 by default.
+            callback_on_step_end: See [`MDMForMultiModalGeneration.generate`].
+
+        Returns:
+            A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":
+            [PIL.Image, ...]}.
+
+        Raises:
+            ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
+        """
+        if num_return_sequences < 1:
+            raise ValueError(f"`num_return_sequences` is {num_return_sequences}; it must be 1 or more.")
+        prompts = self._prompts(text, images, class_ids, messages)
+        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
+        seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+        generate = (generate,) if isinstance(generate, str) else tuple(generate)
+        size = batch_size or self._batch_size or 32
+        results: list[dict] = []
+        starts = range(0, len(prompts), size)
+        for start in logging.tqdm(starts, desc="Batches", disable=not self.progress_bar or len(starts) == 1):
+            batch = prompts[start : start + size]
+            inputs = self.preprocess(batch, generate=generate, image_size=image_size, max_new_tokens=max_new_tokens)
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+            outputs = self._forward(
+                inputs,
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                modality_lag=modality_lag,
+                scheduler=scheduler or self.scheduler,
+                callback_on_step_end=callback_on_step_end,
+                progress_bar=self.progress_bar and len(starts) == 1,
+            )
+            results += self.postprocess(outputs)
+        return results
+
+    def _prompts(self, text, images, class_ids, messages) -> list:
+        if messages is not None:
+            if text is not None or images is not None or class_ids is not None:
+                raise ValueError(
+                    "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the "
+                    "messages as content parts, or leave `messages` out."
+                )
+            return [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        columns = {"text": text, "images": images, "class_ids": class_ids}
+        lengths = {name: len(value) for name, value in columns.items() if isinstance(value, list | tuple)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
+        count = next(iter(lengths.values()), 1)
+        rows = {name: list(v) if isinstance(v, list | tuple) else [v] * count for name, v in columns.items()}
+        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+
+    def preprocess(self, batch: list, **options):
+        """Prompts -> model inputs."""
+        if isinstance(batch[0], list):
+            inputs = self.processor.apply_chat_template(batch, return_tensors="pt", **options)
+        else:
+            columns = {name: [prompt[name] for prompt in batch] for name in batch[0]}
+            inputs = self.processor(**columns, return_tensors="pt", **options)
+        return inputs.to(self.model.device)
+
+    def _forward(self, inputs, **options):
+        return self.model.generate(**inputs, **options)
+
+    def postprocess(self, outputs) -> list[dict]:
+        """Model outputs -> text and PIL images."""
+        return self.processor.post_process_multimodal_output(outputs)
+
+    def _sanitize_parameters(self, **kwargs):
+        return {}, {}, {}

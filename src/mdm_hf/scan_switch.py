@@ -1,0 +1,136 @@
+"""Scan switch: in which order the Mamba-2 layers read a sequence (paper Sec. 3.2, Sec. 4.2.1, Fig. 2f-g).
+
+Symbols
+    k          scan direction, 0 <= k < K. Direction k uses image order k and text order k mod (text directions).
+    order      (b, l, k) long: `order[b, i, k]` is the position that direction k reads at its step i.
+    rank       (b, l, k) long: its inverse, `rank[b, order[b, i, k], k] = i`.
+
+Image orders: 0 rows, 1 rows reversed, 2 columns, 3 columns reversed. Text orders: 0 forward, 1 reversed.
+
+What the paper leaves open is settled as *conditions first*: every direction reads the prefix (segments without any
+target) before the target group. Inside the prefix the segments keep their order and each is permuted in itself; the
+target group is reversed as a whole, so that in joint generation each modality sees the other; the time tokens head
+the target group in every direction; padding comes last.
+"""
+
+import torch
+from torch import Tensor
+
+
+NUM_IMAGE_ORDERS = 4
+NUM_TEXT_ORDERS = 2
+
+
+def image_scan_order(height: int, width: int, direction: int) -> Tensor:
+    """Row-major patch indices in the order in which image direction `direction` visits them: (height * width,)."""
+    if not 0 <= direction < NUM_IMAGE_ORDERS:
+        raise ValueError(f"`direction` is {direction}; images have orders 0 to 3 (rows, columns, each also reversed).")
+    patches = torch.arange(height * width).view(height, width)
+    order = (patches if direction < 2 else patches.T).flatten()
+    return order.flip(0) if direction % 2 else order
+
+
+def text_scan_order(length: int, direction: int) -> Tensor:
+    """Token indices in the order in which text direction `direction` visits them: (length,)."""
+    if not 0 <= direction < NUM_TEXT_ORDERS:
+        raise ValueError(f"`direction` is {direction}; text has orders 0 (forward) and 1 (reversed).")
+    order = torch.arange(length)
+    return order.flip(0) if direction else order
+
+
+def invert_order(order: Tensor) -> Tensor:
+    """The inverse permutation along dimension 1: `order.gather(1, invert_order(order))` counts 0, 1, 2, ..."""
+    return torch.argsort(order, dim=1)
+
+
+def scan_orders(
+    segment: Tensor,
+    offset: Tensor,
+    row: Tensor,
+    column: Tensor,
+    grid: Tensor,
+    is_patch: Tensor,
+    is_image: Tensor,
+    in_target_group: Tensor,
+    is_header: Tensor,
+    is_padding: Tensor,
+    directions: tuple[int, int] = (NUM_IMAGE_ORDERS, NUM_TEXT_ORDERS),
+    padding_first: bool = False,
+) -> Tensor:
+    """The order in which each direction reads each sequence.
+
+    Args:
+        segment: (b, l) index of the segment a position belongs to, counted from the start of its sequence.
+        offset: (b, l) place of the position in its segment, opening token included.
+        row, column: (b, l) patch coordinates; read only where `is_patch`.
+        grid: (b, l, 2) height and width in patches of the image the position belongs to; read only where `is_patch`.
+        is_patch: (b, l) bool, the position holds an image patch.
+        is_image: (b, l) bool, the position belongs to an image segment, its opening and closing tokens included.
+        in_target_group: (b, l) bool, the position's segment holds at least one target.
+        is_header: (b, l) bool, time tokens: first of the target group in every direction.
+        is_padding: (b, l) bool.
+        directions: how many image orders and how many text orders are in use.
+        padding_first: put padding before the rest instead of after it (the prefix of the condition cache, whose
+            last step must be a real one).
+
+    Returns:
+        order (b, l, k) with k = `directions[0]`.
+    """
+    length = segment.shape[1]
+    size = length * length + length  # larger than any place in a sequence: segment * length + place in it
+    row_major = torch.where(is_patch, row * grid[..., 1] + column + 1, offset)  # + 1: the opening token is place 0
+    column_major = torch.where(is_patch, column * grid[..., 0] + row + 1, offset)
+    keys = []
+    for k in range(directions[0]):
+        place = column_major if k >= 2 else row_major
+        is_reversed = torch.where(is_image, k % 2, k % directions[1] % 2).bool()
+        prefix = segment * length + torch.where(is_reversed, length - 1 - place, place)
+        target = torch.where(is_reversed, 2 * size - segment * length - place, segment * length + place)
+        key = torch.where(in_target_group, 2 * size + target, prefix)
+        key = torch.where(is_header, size + segment, key)
+        keys.append(torch.where(is_padding, -1 if padding_first else 5 * size, key))
+    return torch.argsort(torch.stack(keys, dim=-1), dim=1, stable=True)
+
+
+@torch.library.custom_op("mdm_hf::scan", mutates_args=())
+def _scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
+    b, l, k = order.shape
+    rows = order + torch.arange(b, device=x.device).view(b, 1, 1) * l
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(b, l, k, x.shape[-1])
+
+
+@torch.library.custom_op("mdm_hf::unscan", mutates_args=())
+def _unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
+    b, l, k = rank.shape
+    offsets = torch.arange(k, device=y.device) + torch.arange(b, device=y.device).view(b, 1, 1) * l * k
+    rows = rank * k + offsets
+    return y.flatten(0, 2).index_select(0, rows.flatten()).view(b, l, k, y.shape[-1]).sum(2)
+
+
+@_scan.register_fake
+def _(x, order, rank):
+    return x.new_empty(*order.shape, x.shape[-1])
+
+
+@_unscan.register_fake
+def _(y, order, rank):
+    return y.new_empty(y.shape[0], y.shape[1], y.shape[3])
+
+
+def _save_orders(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+# A permutation's transpose is its inverse, so each of the two operations is the other's gradient.
+_scan.register_autograd(lambda ctx, grad: (_unscan(grad, *ctx.saved_tensors), None, None), setup_context=_save_orders)
+_unscan.register_autograd(lambda ctx, grad: (_scan(grad, *ctx.saved_tensors), None, None), setup_context=_save_orders)
+
+
+def scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
+    """Reads `x` (b, l, c) in every direction: out[b, i, k] = x[b, order[b, i, k]]: (b, l, k, c)."""
+    return _scan(x, order, rank)
+
+
+def unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
+    """Puts `y` (b, l, k, c) back in place and sums over the directions: out[b, j] = sum_k y[b, rank[b, j, k], k]."""
+    return _unscan(y, order, rank)
