@@ -225,15 +225,16 @@ MDM_PRESETS: dict[str, dict] = {
     # Trained: 8x8 digits with captions, on a CPU.
     "mdm-digits": {
         "hidden_size": 128,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "state_size": 16,
         "head_dim": 32,
         "num_classes": 10,
+        "pinned_timestep_probability": 0.5,
         "vae_config": {
             "vocab_size": 384,
             "num_channels": 1,
             "patch_size": 2,
-            "latent_size": 16,
+            "latent_size": 6,
             "hidden_size": 128,
             "num_hidden_layers": 1,
         },

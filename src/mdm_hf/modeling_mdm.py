@@ -601,7 +601,6 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
                 se = image_score_entropy_sampled(
                     outputs.latents,
                     predicted,
-                    outputs.noisy_latents,
                     outputs.timesteps[:, :1].expand_as(level),
                     self.model.image_alpha_bar,
                     num_candidates=config.num_candidates,

@@ -103,8 +103,11 @@ def _scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
 def _unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
     b, l, k = rank.shape
     offsets = torch.arange(k, device=y.device) + torch.arange(b, device=y.device).view(b, 1, 1) * l * k
-    rows = rank * k + offsets
-    return y.flatten(0, 2).index_select(0, rows.flatten()).view(b, l, k, y.shape[-1]).sum(2)
+    rows = (rank * k + offsets).view(b * l, k)
+    summed = torch.nn.functional.embedding_bag(
+        rows, y.reshape(-1, y.shape[-1]), mode="sum"
+    )  # gathers and adds at once
+    return summed.view(b, l, y.shape[-1])
 
 
 @_scan.register_fake

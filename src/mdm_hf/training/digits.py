@@ -218,7 +218,7 @@ class DigitsTaskDataset(Dataset):
             raise ValueError(f"Got task weights {task_weights}; need weights of 0 or more, one of them positive.")
         if num_samples < 0 or batch_size < 1:
             raise ValueError(
-                f"Got num_samples {num_samples} and batch_size {batch_size}; need num_samples >= 0 and batch_size >= 1."
+                f"Got num_samples {num_samples} and batch_size {batch_size}; need at least 0 samples, and 1 a batch."
             )
         self.images, self.labels = load_digits_split(split)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed

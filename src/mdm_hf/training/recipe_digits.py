@@ -25,9 +25,9 @@ TASK_WEIGHTS = {
 def train_digits(
     output_dir: str | Path,
     processor: MDMProcessor,
-    max_steps: int = 24_000,
+    max_steps: int = 12_000,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     warmup_steps: int = 500,
     ema_decay: float = 0.999,
     seed: int = 0,
@@ -70,6 +70,7 @@ def train_digits(
         lr_scheduler_type="cosine",
         warmup_steps=warmup_steps,
         max_grad_norm=1.0,
+        train_sampling_strategy="sequential",  # the data set draws at random itself: a resumed run sees the same data
         logging_steps=100,
         save_steps=save_every,
         save_total_limit=2,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -106,15 +105,11 @@ class SampleGridCallback(TrainerCallback):
 
 
 class MDMTrainer(Trainer):
-    """Trainer that reads its data in order (the data set draws at random by itself, so that a resumed run sees what
-    the first would have seen) and logs the parts of L_total, each over the batches in which it occurs."""
+    """Trainer that logs the parts of L_total, each over the batches in which it occurs."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list] = defaultdict(list)
-
-    def _get_train_sampler(self, *args, **kwargs):
-        return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)

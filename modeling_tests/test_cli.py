@@ -1,0 +1,83 @@
+"""Claims about the command line and the examples: each runs as its help and the README say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mdm_hf.cli import main
+
+
+ROOT = Path(__file__).parents[1]
+CARD = str(ROOT / "model_cards" / "mdm-digits")
+
+
+def test_demo_writes_one_picture_of_every_task(tmp_path, capsys):
+    output = tmp_path / "new" / "demo.png"
+    assert main(["demo", "--model", CARD, "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    width, height = Image.open(output).size
+    assert width > 900
+    assert height > 500
+
+
+def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
+    output = tmp_path / "out.png"
+    arguments = ["generate", "--model", CARD, "--num-samples", "2", "--steps", "2", "--seed", "0"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 3
+    assert Image.open(output).size[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--steps", "0"], "`num_inference_steps` is 0"),
+        (["generate", "--class-id", "12"], "12"),
+        (["generate", "--image", "missing.png"], "missing.png"),
+        (["evaluate", "--num-samples", "3"], "needs at least 65"),
+    ],
+    ids=["steps", "class", "file", "samples"],
+)
+def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, capsys):
+    assert main([*arguments, "--model", CARD]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "evaluate"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  mdm {command}" in capsys.readouterr().out
+
+
+def test_evaluate_writes_scores_with_their_settings(tmp_path):
+    output = tmp_path / "scores.json"
+    assert main(["evaluate", "--model", CARD, "--num-samples", "70", "--steps", "4", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["settings"]["num_samples"] == 70
+    assert len(result["settings"]["hash"]) == 12
+    assert 0.97 <= result["scores"]["judge_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("generate.py", ["--output", "{tmp}/generated.png"]),
+        ("caption.py", []),
+        ("ask.py", ["--question", "is this a seven?"]),
+        ("train.py", ["--output-dir", "{tmp}/run", "--max-steps", "3"]),
+    ],
+    ids=lambda v: v.removesuffix(".py") if isinstance(v, str) else "",
+)
+def test_examples_run(name, arguments, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / name), *(a.format(tmp=tmp_path) for a in arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

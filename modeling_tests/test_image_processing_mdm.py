@@ -1,0 +1,245 @@
+"""The image processor: pixels in [-1, 1], grids in patches, and what it refuses."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdm_hf.image_processing_mdm import MDMImageProcessorPil
+
+
+def processor(height: int = 8, width: int = 8, **options) -> MDMImageProcessorPil:
+    options = {"patch_size": 2, "num_channels": 1} | options
+    return MDMImageProcessorPil(size={"height": height, "width": width}, **options)
+
+
+def grey(height: int = 8, width: int = 8, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8))
+
+
+def colour(height: int = 8, width: int = 8, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_pixels_run_from_minus_one_for_black_to_one_for_white() -> None:
+    image = Image.fromarray(np.array([[0, 255], [51, 204]], dtype=np.uint8))
+    out = processor(2, 2)(image, return_tensors="pt")
+    assert out["pixel_values"].dtype == torch.float32
+    torch.testing.assert_close(out["pixel_values"], torch.tensor([[[[-1.0, 1.0], [-0.6, 0.6]]]]))
+    assert out["image_grid_hw"].tolist() == [[1, 1]]
+    assert out["image_grid_hw"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("picture", "num_channels"), [(grey, 1), (colour, 3)])
+def test_postprocess_inverts_the_processor(picture, num_channels: int) -> None:
+    images = [picture(8, 12, seed) for seed in range(4)]
+    tensors = processor(8, 12, num_channels=num_channels)(images, return_tensors="pt")["pixel_values"]
+    back = processor(num_channels=num_channels).postprocess(list(tensors))
+    assert [image.mode for image in back] == [images[0].mode] * 4
+    for image, original in zip(back, images, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(original))
+
+
+def test_postprocess_clips_what_lies_outside() -> None:
+    [image] = processor().postprocess([torch.tensor([[[-3.0, 3.0]]])])
+    assert np.asarray(image).tolist() == [[0, 255]]
+
+
+def test_images_of_several_sizes_are_padded_with_zero_at_the_bottom_and_the_right() -> None:
+    images = [grey(4, 8, 1), grey(6, 2, 2)]
+    out = processor(do_resize=False)(images, return_tensors="pt")
+    assert out["pixel_values"].shape == (2, 1, 6, 8)
+    assert out["image_grid_hw"].tolist() == [[2, 4], [3, 1]]
+    for row, image in zip(out["pixel_values"], images, strict=True):
+        alone = processor(do_resize=False)(image, return_tensors="pt")["pixel_values"][0]
+        height, width = alone.shape[1:]
+        assert torch.equal(row[:, :height, :width], alone)
+        assert row[:, height:].abs().sum() == 0
+        assert row[:, :, width:].abs().sum() == 0
+
+
+def test_images_are_resized_to_the_size_and_only_then() -> None:
+    assert processor(8, 4)(grey(31, 17), return_tensors="pt")["pixel_values"].shape == (1, 1, 8, 4)
+    assert processor()(grey(31, 17), size={"height": 4, "width": 4}, return_tensors="pt")[
+        "image_grid_hw"
+    ].tolist() == [[2, 2]]
+    assert processor(do_resize=False)(grey(30, 18), return_tensors="pt")["image_grid_hw"].tolist() == [[15, 9]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "F"])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_every_mode_of_pillow_is_converted(mode: str, num_channels: int) -> None:
+    image = Image.new("I;16", (8, 8)) if mode == "I;16" else colour().convert(mode)
+    out = processor(num_channels=num_channels)(image, return_tensors="pt")
+    assert out["pixel_values"].shape == (1, num_channels, 8, 8)
+
+
+def test_sixteen_bit_images_keep_their_contrast() -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    out = processor()(Image.open(BytesIO(png(Image.fromarray(ramp)))), return_tensors="pt")["pixel_values"]
+    assert out.flatten().tolist() == pytest.approx(np.linspace(-1, 1, 64), abs=0.01)
+
+
+def test_what_is_transparent_shows_white() -> None:
+    out = processor()(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), return_tensors="pt")
+    assert torch.all(out["pixel_values"] == 1)
+
+
+def test_a_photo_is_turned_upright() -> None:
+    image = grey(4, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    out = processor(do_resize=False)(buffer.getvalue(), return_tensors="pt")["pixel_values"]
+    upright = processor(do_resize=False)(image.rotate(-90, expand=True), return_tensors="pt")["pixel_values"]
+    assert torch.equal(out, upright)
+
+
+def test_paths_bytes_arrays_and_tensors_of_one_picture_agree(tmp_path: Path) -> None:
+    image = colour()
+    path = tmp_path / "picture.png"
+    path.write_bytes(png(image))
+    array = np.asarray(image)
+    forms = [
+        image,
+        path,
+        str(path),
+        png(image),
+        array,
+        array.transpose(2, 0, 1),
+        torch.from_numpy(array.copy()),
+        torch.from_numpy(array.transpose(2, 0, 1).copy()).float(),
+    ]
+    outs = [processor(num_channels=3)(form, return_tensors="pt")["pixel_values"] for form in forms]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+    stack = np.stack([array, array])
+    assert processor(num_channels=3)(stack)["pixel_values"].shape == (2, 3, 8, 8)
+    together = processor(num_channels=3)([image, path, png(image)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(together, outs[0].expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((8, 8, 3)), np.zeros((4, 8, 8)), torch.zeros(3, 8, 8), np.zeros((2, 3, 4, 5, 6))]
+)
+def test_a_wrong_number_of_channels_is_refused(array) -> None:
+    with pytest.raises(ValueError, match=r"Got an image array of shape .*need 1 channel\(s\): .*give a PIL image"):
+        processor()(array)
+
+
+def test_a_side_that_is_no_multiple_of_the_patch_names_the_nearest_sizes() -> None:
+    with pytest.raises(
+        ValueError, match=r"Image height 250 is not a multiple of patch_size 16; resize to 240 or 256\."
+    ):
+        processor(do_resize=False, patch_size=16)(grey(250, 256))
+    with pytest.raises(ValueError, match=r"Image width 7 is not a multiple of patch_size 16; resize to 16\."):
+        processor(do_resize=False, patch_size=16)(grey(16, 7))
+    with pytest.raises(ValueError, match=r"Image width 9 is not a multiple of patch_size 2; resize to 8 or 10\."):
+        processor(8, 9)
+    with pytest.raises(ValueError, match=r"Got a size without height; need both sides"):
+        processor().grid_of(None, None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_refused(bad: float) -> None:
+    array = np.zeros((8, 8), dtype=np.float32)
+    array[3, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        processor()(array)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        processor().postprocess([torch.from_numpy(array)[None]])
+
+
+def test_pixels_that_were_already_normalised_are_refused() -> None:
+    array = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(ValueError, match=r"become -1\.00784 to .*need \[-1, 1\]; give values from 0 to 255"):
+        processor()(array)
+    with pytest.raises(ValueError, match=r"need \[-1, 1\]"):
+        processor(do_rescale=False)(grey())
+    out = processor(do_rescale=False, do_normalize=False)(array, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(out[0, 0], torch.from_numpy(array))
+
+
+def test_an_image_over_the_limit_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (5000, 4000)).save(path)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"4000x5000 = 20000000 pixels; need at most max_pixels = 16777216"):
+        processor()(path)
+    with pytest.raises(ValueError, match=r"need at most max_pixels = 15; give a smaller image"):
+        processor(max_pixels=15)(np.zeros((4, 4), dtype=np.uint8))
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a picture")
+    with pytest.raises(ValueError, match=r"notes\.txt.*holds no image that Pillow can read; give a PNG"):
+        processor()(path)
+    with pytest.raises(ValueError, match=r"Got 5 bytes, which holds no image"):
+        processor()(b"bytes")
+    with pytest.raises(ValueError, match=r"cannot be opened .*check the path"):
+        processor()(str(tmp_path / "missing.png"))
+    with pytest.raises(ValueError, match=r"Got an image of type int; need a PIL image"):
+        processor()(3)
+    with pytest.raises(ValueError, match="Got no images; need at least one"):
+        processor()([])
+
+
+def test_a_truncated_file_is_refused_wherever_it_is_cut() -> None:
+    whole = png(colour(64, 64))
+    for length in range(0, len(whole) - 20, 97):
+        with pytest.raises(ValueError, match=r"holds no image|corrupt image"):
+            processor()(whole[:length])
+
+
+def test_a_damaged_file_gives_a_picture_or_a_value_error() -> None:
+    whole = bytearray(png(colour(16, 16)))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 3):
+            damaged[at] = rng.integers(256)
+        try:
+            processor()(bytes(damaged))
+        except ValueError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_channels": 2}, r"Got num_channels 2; need 1 \(grey\) or 3 \(RGB\)"),
+        ({"patch_size": 0}, "Got patch_size 0"),
+        ({"max_pixels": 0}, "max_pixels 0; need 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**options)
+
+
+def test_postprocess_refuses_what_is_no_image() -> None:
+    with pytest.raises(ValueError, match=r"Got an image of shape \(4, 2, 2\); need \(1 or 3, height, width\)"):
+        processor().postprocess([torch.zeros(4, 2, 2)])
+
+
+def test_a_saved_processor_comes_back_equal(tmp_path: Path) -> None:
+    original = processor(12, 16, patch_size=4, max_pixels=1000, do_resize=True)
+    original.save_pretrained(tmp_path)
+    loaded = MDMImageProcessorPil.from_pretrained(tmp_path)
+    assert loaded.to_dict() == original.to_dict()
+    assert (loaded.patch_size, loaded.num_channels, loaded.max_pixels) == (4, 1, 1000)
+    image = colour(20, 20)
+    assert np.array_equal(loaded(image)["pixel_values"], original(image)["pixel_values"])

@@ -1,0 +1,227 @@
+"""Claims about score entropy (paper Eq. 4-8, Theorems 1 and 2)."""
+
+import pytest
+import torch
+from torch.distributions import Categorical, MultivariateNormal, Normal, kl_divergence
+from torch.nn import functional as F
+
+from mdm_hf.noise_schedule import add_noise, alpha_bar, alpha_bar_table, posterior, snr
+from mdm_hf.score_entropy import (
+    ddpm_epsilon_loss,
+    image_score_entropy_exact,
+    image_score_entropy_sampled,
+    loss_weight,
+    normaliser,
+    score_entropy,
+    text_score_entropy,
+    theorem1_log_ratio,
+    theorem2_log_score,
+)
+
+
+TABLE = alpha_bar_table()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_the_normaliser_is_a_log_a_minus_a():
+    a = torch.tensor([0.0, 0.5, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    value = normaliser(a)
+    expected = [0.0] + [x * (torch.tensor(x, dtype=torch.float64).log().item() - 1) for x in (0.5, 1.0, 3.0)]
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64))
+    value[1:].sum().backward()
+    torch.testing.assert_close(a.grad[1:], a.detach()[1:].log())  # K'(a) = log a
+
+
+def test_score_entropy_is_the_literal_sum_of_eq_4():
+    s, r, w = torch.rand(3, 50, 7, dtype=torch.float64).unbind(0)
+    literal = (w * (s - r * s.log() + r * (r.log() - 1))).sum(-1)
+    torch.testing.assert_close(score_entropy(s.log(), r.log(), w), literal)
+
+
+def test_score_entropy_is_never_negative_and_zero_only_at_the_true_ratio():
+    log_s, log_r = (3 * torch.randn(2, 10_000, 5, dtype=torch.float64)).unbind(0)
+    assert float(score_entropy(log_s, log_r).min()) > 0
+    torch.testing.assert_close(
+        score_entropy(log_r, log_r), torch.zeros(10_000, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+
+
+def test_the_minimiser_of_score_entropy_is_the_true_ratio():
+    log_r = torch.randn(6, dtype=torch.float64)
+    log_s = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_s], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = score_entropy(log_s, log_r)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(log_s.detach(), log_r, atol=1e-4, rtol=1e-4)
+
+
+def test_a_ratio_of_zero_leaves_value_and_gradient_finite():
+    log_s = torch.randn(4, requires_grad=True)
+    log_r = torch.tensor([0.0, -torch.inf, -torch.inf, -torch.inf])
+    value = score_entropy(log_s, log_r)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(log_s.grad).all()
+
+
+def test_theorem_1_is_the_ratio_of_the_gaussian_densities():
+    z_0, z_t = torch.randn(2, 9, 4, dtype=torch.float64).unbind(0)
+    level = torch.rand(9, dtype=torch.float64) * 0.98 + 0.01
+    given = Normal(level.sqrt()[:, None] * z_0, (1 - level).sqrt()[:, None]).log_prob(z_t).sum(-1)
+    marginal = Normal(0.0, 1.0).log_prob(z_t).sum(-1)
+    constant = -4 / 2 * torch.log(1 - level)
+    torch.testing.assert_close(theorem1_log_ratio(z_t, z_0, level) + constant, given - marginal)
+
+
+def test_theorem_2_normalises_energies_over_the_candidates():
+    energies = 50 * torch.randn(20, 8, dtype=torch.float64)
+    score = theorem2_log_score(energies).exp()
+    torch.testing.assert_close(score.sum(-1), torch.ones(20, dtype=torch.float64))
+    shifted = theorem2_log_score(energies + 7).exp()
+    torch.testing.assert_close(score, shifted)
+
+
+def test_normalised_score_entropy_is_the_kl_divergence():
+    log_s, log_r = torch.randn(2, 30, 8, dtype=torch.float64).log_softmax(-1).unbind(0)
+    expected = kl_divergence(Categorical(logits=log_r), Categorical(logits=log_s))
+    torch.testing.assert_close(score_entropy(log_s, log_r), expected)
+
+
+def test_text_score_entropy_is_eq_4_over_the_vocabulary_and_the_cross_entropy():
+    logits = torch.randn(3, 5, 11, dtype=torch.float64).float()
+    labels = torch.randint(0, 11, (3, 5))
+    one_hot = F.one_hot(labels, 11).float().log()
+    by_eq_4 = score_entropy(theorem2_log_score(logits), one_hot)
+    got = text_score_entropy(logits, labels)
+    torch.testing.assert_close(got, by_eq_4)
+    torch.testing.assert_close(got.mean(), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    labels[0, 0] = -100
+    assert float(text_score_entropy(logits, labels)[0, 0]) == 0
+
+
+@pytest.mark.parametrize(("s", "t"), [(0.1, 0.3), (0.5, 0.9), (0.89, 0.9)])
+def test_the_exact_form_is_the_kl_divergence_of_the_posteriors(s, t):
+    z_0, z0_hat, noise = torch.randn(3, 6, 4, dtype=torch.float64).unbind(0)
+    level_s, level_t = (alpha_bar(torch.full((6,), v, dtype=torch.float64), TABLE) for v in (s, t))
+    z_t = add_noise(z_0, noise, level_t)
+
+    def gaussian(clean):
+        mean, variance = posterior(clean, z_t, level_s, level_t)
+        return MultivariateNormal(mean, torch.diag_embed(variance.expand_as(mean)))
+
+    weight = 4 * (snr(level_s) - snr(level_t)) / 2  # undoes the mean over the four dimensions
+    expected = kl_divergence(gaussian(z_0), gaussian(z0_hat))
+    torch.testing.assert_close(image_score_entropy_exact(z_0, z0_hat, weight), expected)
+
+
+def test_the_sampled_form_is_eq_4_with_theorem_2_over_the_states_it_draws():
+    """Rebuilt with the posterior itself: candidates, densities, softmax, Eq. 4."""
+    z_0, z0_hat, noise = torch.randn(3, 40, 4, dtype=torch.float64).unbind(0)
+    t = torch.rand(40, dtype=torch.float64) * 0.8 + 0.2
+    got = image_score_entropy_sampled(z_0, z0_hat, t, TABLE, 5, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    s = t * torch.rand(t.shape, generator=generator, dtype=torch.float64)
+    e = torch.randn(40, 5, 4, generator=generator, dtype=torch.float64)
+    level_s, level_t = alpha_bar(s, TABLE), alpha_bar(t, TABLE)
+    z_t = add_noise(z_0, noise, level_t)
+    mean, variance = posterior(z_0, z_t, level_s, level_t)
+    y = mean[:, None] + variance.sqrt()[:, None] * e
+
+    def energies(clean):
+        mean, variance = posterior(clean, z_t, level_s, level_t)
+        return Normal(mean[:, None], variance.sqrt()[:, None]).log_prob(y).sum(-1)
+
+    literal = score_entropy(theorem2_log_score(energies(z0_hat)), theorem2_log_score(energies(z_0)))
+    scale = got / literal
+    torch.testing.assert_close(
+        scale * (snr(level_s) - snr(level_t)),
+        scale[:1].expand(40) * (snr(level_s) - snr(level_t))[:1],
+        rtol=1e-6,
+        atol=0,
+    )
+
+
+def test_the_sampled_form_is_zero_and_stationary_at_the_truth():
+    z_0 = torch.randn(100, 6, dtype=torch.float64)
+    z0_hat = z_0.clone().requires_grad_()
+    value = image_score_entropy_sampled(z_0, z0_hat, torch.rand(100, dtype=torch.float64), TABLE)
+    value.sum().backward()
+    assert float(value.detach().abs().max()) < 1e-9
+    assert float(z0_hat.grad.abs().max()) < 1e-9
+    z_0 = z_0.float()
+    away = image_score_entropy_sampled(z_0, z_0 + 0.3, torch.rand(100) * 0.9 + 0.1, TABLE.float())
+    assert float(away.min()) > 0
+
+
+def test_the_sampled_form_has_the_scale_and_direction_of_the_exact_one_near_the_truth():
+    z_0 = torch.randn(20_000, 4)
+    z0_hat = (z_0 + 1e-2 * torch.tensor([1.0, -2.0, 0.5, 0.0])).requires_grad_()
+    t = torch.full((20_000,), 0.9)
+    sampled = image_score_entropy_sampled(z_0, z0_hat, t, TABLE.float(), 8)
+    exact = image_score_entropy_exact(z_0, z0_hat, torch.ones(20_000))
+    (by_sampling,) = torch.autograd.grad(sampled.mean(), z0_hat, retain_graph=True)
+    (by_formula,) = torch.autograd.grad(exact.mean(), z0_hat)
+    assert F.cosine_similarity(by_sampling.sum(0), by_formula.sum(0), dim=0) > 0.99
+    assert 0.8 < float(sampled.detach().mean() / exact.detach().mean()) < 1.1
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-3, 0.5, 1.0])
+def test_every_image_loss_is_finite_in_fp32_at_any_time(t):
+    z_0, noise = torch.randn(2, 50, 6).unbind(0)
+    time = torch.full((50,), t)
+    level = alpha_bar(time, TABLE.float())
+    z0_hat = torch.randn(50, 6).requires_grad_()
+    z_t = add_noise(z_0, noise, level)
+    losses = [
+        image_score_entropy_sampled(z_0, z0_hat, time, TABLE.float()),
+        ddpm_epsilon_loss(z0_hat, noise, z_t, level),
+        *(image_score_entropy_exact(z_0, z0_hat, loss_weight(level, w)) for w in ("unit", "snr_plus_one", "min_snr")),
+    ]
+    for loss in losses:
+        (grad,) = torch.autograd.grad(loss.sum(), z0_hat)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(grad).all()
+
+
+def test_a_seed_reproduces_the_sampled_form():
+    z_0, z0_hat = torch.randn(2, 10, 4).unbind(0)
+    values = [
+        image_score_entropy_sampled(
+            z_0, z0_hat, torch.full((10,), 0.5), TABLE.float(), 8, torch.Generator().manual_seed(s)
+        )
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
+
+
+def test_the_epsilon_loss_is_zero_at_the_truth_and_the_squared_noise_error_elsewhere():
+    z_0, noise, wrong = torch.randn(3, 30, 4, dtype=torch.float64).unbind(0)
+    level = torch.rand(30, dtype=torch.float64) * 0.9
+    z_t = add_noise(z_0, noise, level)
+    torch.testing.assert_close(
+        ddpm_epsilon_loss(z_0, noise, z_t, level), torch.zeros(30, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    expected = snr(level) * ((wrong - z_0) ** 2).mean(-1)
+    torch.testing.assert_close(ddpm_epsilon_loss(wrong, noise, z_t, level), expected)
+
+
+def test_the_weights_are_what_they_are_called():
+    level = torch.tensor([0.5, 0.9, 0.99])
+    torch.testing.assert_close(loss_weight(level, "unit"), torch.ones(3))
+    torch.testing.assert_close(loss_weight(level, "snr_plus_one"), torch.tensor([2.0, 10.0, 100.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss_weight(level, "min_snr"), torch.tensor([1.0, 5.0, 5.0]), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="must be 'unit', 'snr_plus_one' or 'min_snr'"):
+        loss_weight(level, "none")
+    with pytest.raises(ValueError, match="needs at least 2"):
+        image_score_entropy_sampled(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), TABLE.float(), 1)

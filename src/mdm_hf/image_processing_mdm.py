@@ -1,0 +1,248 @@
+"""Pictures to pixel values in [-1, 1] and back, with Pillow and NumPy alone."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+MODES = {1: "L", 3: "RGB"}
+RANGE_SLACK = 1e-3  # what rounding may add to [-1, 1]
+
+
+class MDMImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    patch_size (`int`, *optional*):
+        Height and width of a patch in pixels; one patch is one position of the sequence.
+    num_channels (`int`, *optional*):
+        1 for grey images, 3 for RGB.
+    max_pixels (`int`, *optional*):
+        Larger images are refused before they are decoded.
+    """
+
+    patch_size: int
+    num_channels: int
+    max_pixels: int
+
+
+class MDMImageProcessorPil(PilBackend):
+    """Any picture -> `pixel_values` (n, c, h, w) in [-1, 1] and `image_grid_hw` (n, 2), rows and columns in patches.
+
+    Pictures are turned upright, converted to grey or RGB, resized to `size` unless `do_resize` is off, rescaled and
+    normalised, and padded with 0 at the bottom and the right to the largest of the call. `postprocess` goes back.
+
+    Args:
+        size: {"height": ..., "width": ...}, multiples of `patch_size`.
+        patch_size, num_channels, max_pixels: See [`MDMImageProcessorKwargs`].
+        do_resize, do_rescale, do_normalize, resample, image_mean, image_std, rescale_factor: As in every image
+            processor.
+    """
+
+    valid_kwargs = MDMImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_hw"]
+
+    do_resize = True
+    size = {"height": 256, "width": 256}
+    resample = PILImageResampling.BICUBIC
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5]
+    image_std = [0.5]
+    patch_size = 16
+    num_channels = 3
+    max_pixels = 4096 * 4096
+
+    def __init__(self, **kwargs: Unpack[MDMImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        if self.num_channels not in MODES:
+            raise ValueError(f"Got num_channels {self.num_channels}; need 1 (grey) or 3 (RGB).")
+        if self.patch_size < 1 or self.max_pixels < 1:
+            raise ValueError(f"Got patch_size {self.patch_size} and max_pixels {self.max_pixels}; need 1 or more.")
+        if self.do_resize:
+            self.grid_of(self.size.height, self.size.width)
+
+    def grid_of(self, height: int, width: int, patch_size: int | None = None) -> tuple[int, int]:
+        """(rows, columns) in patches of an image of `height` x `width` pixels.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch size.
+        """
+        patch_size = patch_size or self.patch_size
+        for name, side in (("height", height), ("width", width)):
+            if side is None:
+                raise ValueError(f"Got a size without {name}; need both sides in pixels: {{'height': h, 'width': w}}.")
+            if side < patch_size or side % patch_size:
+                below = side // patch_size * patch_size
+                nearest = f"{below} or {below + patch_size}" if below > 0 else f"{patch_size}"
+                raise ValueError(
+                    f"Image {name} {side} is not a multiple of patch_size {patch_size}; resize to {nearest}."
+                )
+        return height // patch_size, width // patch_size
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths, URLs and bytes; images and arrays pass through."""
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, str | bytes | os.PathLike):
+            source = image_url_or_urls
+            return self._open(os.fspath(source) if isinstance(source, os.PathLike) else source)
+        if isinstance(image_url_or_urls, Image.Image | np.ndarray | torch.Tensor):
+            return image_url_or_urls
+        raise ValueError(
+            f"Got an image of type {type(image_url_or_urls).__name__}; need a PIL image, an array, a tensor, a path, "
+            "a URL, or the bytes of an image file."
+        )
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        """One image, a nested list of them, or a stack (n, c, h, w) -> a flat list."""
+        return list(_flat(self.fetch_images(images)))
+
+    def _open(self, source: str | bytes) -> Image.Image:
+        name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(source[:80])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            try:
+                if isinstance(source, bytes):
+                    return Image.open(BytesIO(source))
+                if source.startswith(("http://", "https://", "data:image/")):
+                    return load_image(source, timeout=30)
+                return Image.open(source)
+            except UnidentifiedImageError as error:
+                raise ValueError(
+                    f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file."
+                ) from error
+            except OSError as error:
+                raise ValueError(f"Got image {name}, which cannot be opened ({error}); check the path.") from error
+            except Image.DecompressionBombError as error:
+                raise ValueError(f"Got image {name}, far over the limit ({error}); give a smaller one.") from error
+
+    def process_image(self, image, num_channels: int | None = None, max_pixels: int | None = None, **kwargs: Any):
+        """One PIL image, array or tensor -> array (c, h, w)."""
+        num_channels = num_channels or self.num_channels
+        max_pixels = max_pixels or self.max_pixels
+        if isinstance(image, Image.Image):
+            width, height = image.size
+            if width * height > max_pixels:  # known from the header, before any pixel is decoded
+                raise ValueError(
+                    f"Got an image of {height}x{width} = {height * width} pixels; need at most max_pixels = "
+                    f"{max_pixels}; give a smaller image or raise max_pixels."
+                )
+            return _to_channels_first(_converted(image, num_channels))
+        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+        if array.ndim == 2 and num_channels == 1:
+            array = array[None]
+        if array.ndim == 3 and array.shape[0] != num_channels and array.shape[-1] == num_channels:
+            array = np.moveaxis(array, -1, 0)
+        if array.ndim != 3 or array.shape[0] != num_channels:
+            raise ValueError(
+                f"Got an image array of shape {tuple(array.shape)}; need {num_channels} channel(s): "
+                f"({num_channels}, height, width) or (height, width, {num_channels}); convert it, or give a PIL "
+                "image, which is converted for you."
+            )
+        if array.shape[1] * array.shape[2] > max_pixels:
+            raise ValueError(
+                f"Got an image of {array.shape[1]}x{array.shape[2]} pixels; need at most max_pixels = {max_pixels}; "
+                "give a smaller image or raise max_pixels."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                "Got an image with NaN or infinity among its pixels; all must be finite; mend its source."
+            )
+        return array
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: "PILImageResampling | int | None",
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        return_tensors: str | None,
+        patch_size: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if not images:
+            raise ValueError("Got no images; need at least one; leave the image processor out where there is none.")
+        if do_resize:
+            images = [
+                image
+                if image.shape[1:] == (size.height, size.width)
+                else self.resize(image, size=size, resample=resample)
+                for image in images
+            ]
+        grids = np.array([self.grid_of(*image.shape[1:], patch_size) for image in images], dtype=np.int64)
+        height, width = np.max([image.shape[1:] for image in images], axis=0)
+        scale = np.float32(rescale_factor if do_rescale else 1)
+        mean, std = np.float32(0), np.float32(1)
+        if do_normalize:
+            mean = np.asarray(image_mean, dtype=np.float32).reshape(-1, 1, 1)
+            std = np.asarray(image_std, dtype=np.float32).reshape(-1, 1, 1)
+        pixels = np.zeros((len(images), images[0].shape[0], height, width), dtype=np.float32)
+        if all(image.shape == images[0].shape for image in images):
+            pixels = (np.stack(images).astype(np.float32) * scale - mean) / std
+        else:
+            for row, image in zip(pixels, images, strict=True):
+                row[:, : image.shape[1], : image.shape[2]] = (image.astype(np.float32) * scale - mean) / std
+        low, high = float(pixels.min()), float(pixels.max())
+        if do_normalize and not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(
+                f"Got pixels that become {low:g} to {high:g}; need [-1, 1]; give values from 0 to 255, or from 0 to 1 "
+                "with do_rescale=False."
+            )
+        return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
+
+    def postprocess(self, images: list[torch.Tensor]) -> list[Image.Image]:
+        """Tensors (c, h, w) in [-1, 1] -> PIL images; values outside are clipped."""
+        pictures = []
+        for image in images:
+            if image.ndim != 3 or image.shape[0] not in MODES:
+                raise ValueError(f"Got an image of shape {tuple(image.shape)}; need (1 or 3, height, width).")
+            if not bool(torch.isfinite(image).all()):
+                raise ValueError("Got an image with NaN or infinity among its pixels; all must be finite.")
+            levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+            pictures.append(Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)))
+        return pictures
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple) or (not isinstance(images, Image.Image) and images.ndim == 4):
+        for image in images:
+            yield from _flat(image)
+    else:
+        yield images
+
+
+def _converted(image: Image.Image, num_channels: int) -> Image.Image:
+    """`image` upright and in the mode of `num_channels`; what is transparent shows white."""
+    try:
+        if image.mode == MODES[num_channels] and not getattr(image, "is_animated", False) and not image.info:
+            image.load()
+            return image
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # 16 bits a pixel, which Pillow would clip to 8
+            image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(MODES[num_channels])
+    except (OSError, SyntaxError) as error:  # how Pillow reports a truncated or broken file
+        raise ValueError(f"Got a corrupt image ({error}); give a file that opens without error.") from error
+
+
+def _to_channels_first(image: Image.Image) -> np.ndarray:
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)

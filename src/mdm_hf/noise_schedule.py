@@ -1,0 +1,78 @@
+"""Forward noise: the DDPM schedule and what follows from it in closed form (paper Eq. 1-3).
+
+Symbols
+    t              time in [0, 1]; t = k / T is the DDPM's step k, 0 is clean                (...)
+    alpha_bar      product of alpha up to t, the share of signal variance in z_t             (...)
+    z_0, z_t       clean and noisy latents                                                   (..., d)
+    epsilon        unit Gaussian noise                                                       (..., d)
+    SNR            alpha_bar / (1 - alpha_bar)
+
+Functions of latents take `alpha_bar` without the latent axis; they add it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def alpha_bar_table(
+    num_train_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    beta_schedule: str = "linear",
+) -> Tensor:
+    """alpha_bar at t = 0, 1 / T, ..., 1, in float64: (T + 1,). Schedules have their names and values of diffusers.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    steps = num_train_timesteps
+    if beta_schedule == "linear":
+        beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    elif beta_schedule == "scaled_linear":
+        beta = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    elif beta_schedule == "squaredcos_cap_v2":
+        angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+        survival = angle.cos() ** 2
+        beta = (1 - survival[1:] / survival[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"`beta_schedule` is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}.")
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
+
+
+def alpha_bar(t: Tensor, table: Tensor) -> Tensor:
+    """alpha_bar at any t in [0, 1]; log alpha_bar is linear between the table's entries: the shape of t."""
+    steps = table.shape[0] - 1
+    position = t.to(table.dtype) * steps
+    below = position.floor().clamp(0, steps - 1).long()
+    log_table = table.log()
+    return torch.lerp(log_table[below], log_table[below + 1], position - below).exp()
+
+
+def snr(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar / (1 - alpha_bar), finite also where there is no noise."""
+    return alpha_bar / (1 - alpha_bar).clamp(min=1e-7)
+
+
+def add_noise(z_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) epsilon (Eq. 1)."""
+    level = alpha_bar.unsqueeze(-1)
+    return level.sqrt() * z_0 + (1 - level).sqrt() * noise
+
+
+def noise_from(z_0: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The epsilon that takes z_0 to z_t: Eq. 1 solved for it."""
+    level = alpha_bar.unsqueeze(-1)
+    return (z_t - level.sqrt() * z_0) / (1 - level).clamp(min=1e-7).sqrt()
+
+
+def posterior(z_0: Tensor, z_t: Tensor, alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (..., d) and variance (..., 1) of q(z_s | z_t, z_0) for any earlier s < t; Eq. 3 has s = t - 1."""
+    s, t = alpha_bar_s.unsqueeze(-1), alpha_bar_t.unsqueeze(-1)
+    step = t / s  # alpha-bar from s to t
+    mean = (s.sqrt() * (1 - step) * z_0 + step.sqrt() * (1 - s) * z_t) / (1 - t)
+    return mean, (1 - s) * (1 - step) / (1 - t)

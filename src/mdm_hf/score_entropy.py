@@ -1,0 +1,137 @@
+"""Score entropy, the one objective of both modalities (paper Eq. 4-8, 14, Theorems 1 and 2).
+
+Symbols
+    y              a candidate state out of the set Y                                    last axis (..., k)
+    r              true ratio p_data(y) / p_data(z_t), Eq. 5                             (..., k)
+    s              the model's ratio s_theta, Eq. 6-7                                    (..., k)
+    K(a)           a (log a - 1)                                                         (...)
+    omega          weight of Eq. 4                                                       (...)
+    z_0, z0_hat    clean latent and its prediction                                       (..., d)
+    delta          z0_hat - z_0                                                          (..., d)
+
+With Theorem 2's softmax both ratios sum to one, and Eq. 4 becomes the Kullback-Leibler divergence KL(r || s). For text,
+Y is the vocabulary, and that is the cross-entropy. For images, Y are earlier states of the same position, and that is a
+function of delta alone, the weighted squared error in closed form.
+
+All functions return one value per position and average nothing over positions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .noise_schedule import alpha_bar as alpha_bar_at
+from .noise_schedule import noise_from, snr
+
+
+def normaliser(a: Tensor) -> Tensor:
+    """K(a) = a (log a - 1), with K(0) = 0: what makes Eq. 4 non-negative."""
+    return torch.special.xlogy(a, a) - a
+
+
+def score_entropy(log_score: Tensor, log_ratio: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Eq. 4: sum over y of omega (s - r log s + K(r)), from logarithms: (..., k), (..., k) -> (...).
+
+    `log_ratio` may be -inf, a ratio of zero. Non-negative, and zero only where s = r.
+    """
+    score, ratio = log_score.exp(), log_ratio.exp()
+    cross = torch.where(ratio > 0, ratio * log_score, torch.zeros_like(ratio))
+    return (weight * (score - cross + normaliser(ratio))).sum(-1)
+
+
+def theorem1_log_ratio(z_t: Tensor, z_0: Tensor, alpha_bar: Tensor) -> Tensor:
+    """log of Eq. 5: ||z_t||^2 / 2 - ||z_t - sqrt(alpha_bar) z_0||^2 / (2 (1 - alpha_bar)): (..., d) -> (...).
+
+    Eq. 5 leaves out the normalising constants of the two Gaussians; the log-ratio of the densities themselves is this
+    minus d / 2 log(1 - alpha_bar). The constant is the same for every z_0 and cancels in Theorem 2's softmax.
+    """
+    level = alpha_bar.unsqueeze(-1)
+    return (0.5 * z_t**2 - 0.5 * (z_t - level.sqrt() * z_0) ** 2 / (1 - level)).sum(-1)
+
+
+def theorem2_log_score(energies: Tensor) -> Tensor:
+    """log s_theta of Eq. 7: the log-softmax of the energies f_theta(z_t, y) over the candidates y: (..., k)."""
+    return energies.log_softmax(-1)
+
+
+def text_score_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 4 with Y = the vocabulary, r one-hot and s = softmax(logits): the cross-entropy: (..., v), (...) -> (...).
+
+    Positions with label -100 give 0.
+    """
+    flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    return flat.view(labels.shape)
+
+
+def loss_weight(alpha_bar: Tensor, weighting: str) -> Tensor:
+    """omega over the noise levels, as the weight of ||delta||^2: (...).
+
+    "unit" is 1; "snr_plus_one" is SNR + 1, the squared error of the velocity; "min_snr" is min(SNR, 5), which starves
+    the noisy steps in which an image's content is decided.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+    if weighting == "unit":
+        return torch.ones_like(alpha_bar)
+    if weighting == "snr_plus_one":
+        return 1 + snr(alpha_bar)
+    if weighting == "min_snr":
+        return snr(alpha_bar).clamp(max=5)
+    raise ValueError(f"`weighting` is {weighting!r}; it must be 'unit', 'snr_plus_one' or 'min_snr'.")
+
+
+def image_score_entropy_exact(z_0: Tensor, z0_hat: Tensor, weight: Tensor) -> Tensor:
+    """Eq. 4 over all states at an earlier time s, in closed form: (..., d) -> (...).
+
+    KL(q(z_s | z_t, z_0) || q(z_s | z_t, z0_hat)) = (SNR_s - SNR_t) / 2 ||delta||^2. The paper leaves omega open; it is
+    taken such that the factor becomes `weight / d`, the same for every s.
+    """
+    return weight * ((z0_hat - z_0) ** 2).mean(-1)
+
+
+def image_score_entropy_sampled(
+    z_0: Tensor,
+    z0_hat: Tensor,
+    t: Tensor,
+    table: Tensor,
+    num_candidates: int = 8,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Eq. 4 over K sampled earlier states of the same position, normalised by Theorem 2: (..., d) -> (...).
+
+    Candidates y_j = m + sqrt(v) e_j are drawn from q(z_s | z_t, z_0) = N(m, v) at one time s, uniform in (0, t). With
+    energies log q(y | z_t, z_0) for r and f_theta = log q(y | z_t, z0_hat) for s, and a^2 = SNR_s - SNR_t:
+
+        log r_j = -||e_j||^2 / 2 + const,    log s_j = log r_j + a e_j . delta + const.
+
+    Neither difference cancels in fp32, and z_t itself drops out. All candidates share s: between times the densities'
+    heights differ by v^(-d/2), the softmax would see only the smallest s, and no gradient would be left. For small
+    delta the value is a^2 / 2 delta^T Cov_r(e) delta; omega = 2 / (a^2 d kappa), kappa the mean variance of e under r in
+    this call, puts it on the scale of `image_score_entropy_exact` with unit weight.
+
+    Args:
+        t: Time of z_t in [0, 1] (...); where it is 0 the result is 0.
+        table: alpha_bar over time, see `noise_schedule.alpha_bar_table`.
+        num_candidates: K.
+        generator: Source of s and of the candidates.
+    """
+    if num_candidates < 2:
+        raise ValueError(f"`num_candidates` is {num_candidates}; a softmax over states needs at least 2.")
+    like = {"generator": generator, "device": z_0.device, "dtype": z_0.dtype}
+    s = t * torch.rand(t.shape, **like)
+    e = torch.randn(*z_0.shape[:-1], num_candidates, z_0.shape[-1], **like)
+    a = (snr(alpha_bar_at(s, table)) - snr(alpha_bar_at(t, table))).clamp(min=1e-6).sqrt()
+    energy = -0.5 * (e**2).sum(-1)
+    log_ratio = theorem2_log_score(energy)
+    projection = (e @ (z0_hat - z_0).unsqueeze(-1)).squeeze(-1)  # e_j . delta
+    log_score = theorem2_log_score(energy + a.unsqueeze(-1) * projection)
+    ratio = log_ratio.exp().unsqueeze(-1)
+    variance = (ratio * e**2).sum(-2) - (ratio * e).sum(-2) ** 2
+    omega = 2 / (a**2 * z_0.shape[-1] * variance.mean().clamp(min=1e-6))
+    return torch.where(t > 0, omega * score_entropy(log_score, log_ratio), torch.zeros_like(a))
+
+
+def ddpm_epsilon_loss(z0_hat: Tensor, noise: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """||epsilon_hat - epsilon||^2 / d of the noise that z0_hat implies, the DDPM's own loss: (..., d) -> (...)."""
+    return ((noise_from(z0_hat, z_t, alpha_bar) - noise) ** 2).mean(-1)

@@ -1,0 +1,658 @@
+"""State space duality (SSD): the selective scan of Mamba-2 as matrix products (paper Eq. 10-13).
+
+- `ssd_oracle` is the recurrence, step by step in float64: slow, independent, what `ssd` is judged by.
+- `ssd` is the op the model calls: within a chunk of the sequence a masked matrix product, between chunks one state.
+- `causal_conv` is the depthwise convolution in front of it (paper Sec. 4.2.1, item 2).
+
+Symbols
+    symbol      meaning                                        shape           paper
+    x           input                                          (b, l, h, p)    z, Eq. 10
+    dt          step size, >= 0                                (b, l, h)       Delta, Eq. 12-13
+    A           decay rate, < 0, one per head                  (h)             A, Eq. 12
+    B, C        what enters and what leaves the state          (b, l, g, n)    B, C, Eq. 10-11
+    D           skip weight                                    (h)             D, Eq. 11
+    H           state                                          (b, h, p, n)    H, Eq. 10
+    y           output                                         (b, l, h, p)    z of the next position, Eq. 11
+    b, l, h     batch, length, heads; p channels per head, n state channels per head
+    g, r        groups and heads per group, h = g r; the heads of a group share B and C
+    c, q        chunks and steps per chunk
+    m           chunks of several rows in one dimension
+    s, t        the step that writes and the step that reads, s <= t
+    a           log2 of the decay since the chunk's start, sum of dt A log2(e): (b, c, h, q), falling
+    u           log2(dt_s) - a_s: (b, c, h, q)
+    L           exp2(a_t + u_s), decay from s to t times dt_s: (m, h, q, q), lower triangular
+    M           L * (C_t . B_s), y = M x inside a chunk: (m, h, q, q)
+
+H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T and y_t = H_t C_t + D x_t. Departs from the paper: the paper's Eq. 13 is the
+zero-order hold, B-bar = (dt A)^-1 (exp(dt A) - 1) dt B; Mamba-2 and its kernels, on which the paper builds, use its
+first-order (Euler) term B-bar = dt B. So do we: pretrained Mamba-2 weights and kernels stay usable, nothing is divided
+by dt A (padding has dt = 0), and what is lost, a factor near 1 per head and step, dt and B can learn.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+LOG2_E = math.log2(math.e)  # powers of two throughout: exp2 is several times faster than exp on a CPU
+SMALLEST_DT = 1e-20  # stands for dt = 0 where its logarithm is taken
+LONGEST_CHUNK_CPU, LONGEST_CHUNK = 64, 128
+# Elements of an (m, h, q, q) tensor, or of a (b, l, c) one in a convolution, worked on at a time; on a CPU per thread,
+# few enough to stay in its cache.
+BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS = 3 << 16, 1 << 26
+CONV_ELEMENTS_CPU, CONV_ELEMENTS = 1 << 17, 1 << 24
+# One namespace of custom ops per copy of this file: one that came with weights from the Hub may be of another version.
+NAMESPACE = "".join(letter if letter.isalnum() else "_" for letter in __name__)
+
+
+def ssd_oracle(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence of Eq. 10-12 (B-bar = dt B, see above), one step at a time in float64; same shapes as `ssd`."""
+    x, dt, A, B, C = x.double(), dt.double().clamp(min=0), A.double(), B.double(), C.double()
+    heads_per_group = x.shape[2] // B.shape[2]
+    B, C = (value.repeat_interleave(heads_per_group, dim=2) for value in (B, C))  # (b, l, h, n)
+    b, l, h, p = x.shape
+    H = x.new_zeros(b, h, p, B.shape[-1]) if initial_states is None else initial_states.double()
+    outputs = []
+    for t in range(l):
+        decay = torch.exp(dt[:, t] * A)  # A-bar, Eq. 12: (b, h)
+        H = decay[:, :, None, None] * H + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        outputs.append(torch.einsum("bhpn,bhn->bhp", H, C[:, t]))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.double()[:, None] * x
+    return (y, H) if return_final_states else y
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan y_t = H_t C_t + D x_t, H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T (paper Eq. 10-13).
+
+    Arithmetic is in fp32, or float64 if `x` is; gradients reach every tensor argument, also through the final state.
+    Autocast does not touch it. It cannot be differentiated twice.
+
+    Args:
+        x: Input (b, l, h, p).
+        dt: Step sizes (b, l, h). Below 0 it counts as 0, as in mamba-ssm, and where it is 0 the state stays as it is.
+        A: Decay rates (h), negative.
+        B: (b, l, g, n); h is a multiple of g and head i reads group i // (h / g).
+        C: (b, l, g, n).
+        chunk_size: Steps per chunk; changes the speed, not the result. None chooses.
+        D: Skip weights (h).
+        dt_bias: Added to dt (h).
+        dt_softplus: Whether dt passes through softplus, after `dt_bias`.
+        initial_states: State before the first step (b, h, p, n); zeros if None.
+        return_final_states: Whether to return the state after the last step.
+
+    Returns:
+        y (b, l, h, p) in the dtype of x; with `return_final_states` also the state (b, h, p, n) in fp32 (float64 if
+        `x` is).
+
+    Raises:
+        ValueError: A shape does not fit the others.
+    """
+    check_ssd_shapes(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states)
+    work = work_dtype(x)
+    dt = dt.to(work)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(work)
+    if dt_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    else:
+        dt = dt.clamp(min=0)
+    if chunk_size is None:
+        longest = LONGEST_CHUNK_CPU if x.device.type == "cpu" else LONGEST_CHUNK
+        chunk_size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / longest))
+    tensors = (x, dt, A, B, C, D, initial_states)
+    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    y, final_state, _ = ssd_forward(x, dt, A, B, C, D, initial_states, chunk_size, return_final_states, keep)
+    return (y, final_state) if return_final_states else y
+
+
+def check_ssd_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+) -> None:
+    """Raise a ValueError that says got, need, do if a shape does not fit the others."""
+    if x.dim() != 4:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; ssd needs (b, l, h, p): split the channels into heads.")
+    b, l, h, p = x.shape
+    if x.numel() == 0:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; ssd needs at least one element: skip the call.")
+    if B.dim() != 4 or B.shape[:2] != x.shape[:2]:
+        raise ValueError(f"`B` has shape {tuple(B.shape)}; `x` needs ({b}, {l}, g, n): add a group axis if g = 1.")
+    g, n = B.shape[2:]
+    if g == 0 or h % g:
+        raise ValueError(f"`x` has {h} heads, not a multiple of the {g} groups of `B`; choose h divisible by g.")
+    needed = {
+        "dt": (dt, (b, l, h)),
+        "A": (A, (h,)),
+        "C": (C, (b, l, g, n)),
+        "D": (D, (h,)),
+        "dt_bias": (dt_bias, (h,)),
+        "initial_states": (initial_states, (b, h, p, n)),
+    }
+    for name, (value, shape) in needed.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}; `x` {tuple(x.shape)} and `B` {tuple(B.shape)} need "
+                f"{shape}: reshape `{name}`."
+            )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`chunk_size` is {chunk_size}; ssd needs at least 1 step per chunk: pass None to choose.")
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Block(NamedTuple):
+    """Some rows and chunks of a run: few enough to stay in the cache of a CPU, all of them elsewhere."""
+
+    rows: slice
+    chunks: slice
+    m: slice  # the same in a dimension of rows x chunks
+
+
+class Run:
+    """Chunks of equal length, and what both passes derive from dt, A, B and C alone."""
+
+    def __init__(self, start: int, c: int, q: int, dt: Tensor, A: Tensor, B: Tensor, C: Tensor):
+        self.start, self.c, self.q = start, c, q
+        self.g = B.shape[2]
+        self.dt, self.B, self.C = (
+            self.steps(v).to(dt.dtype).transpose(2, 3).flatten(0, 1).contiguous() for v in (dt, B, C)
+        )  # (m, h, q), (m, g, q, n) twice
+        # A step that forgets everything is cut to one that just does, or rounding in `a` would grow without bound.
+        self.least = -1100 if dt.dtype == torch.float64 else -160
+        self.rate = (self.dt * (A * LOG2_E)[:, None]).clamp_(min=self.least)  # log2 of A-bar, Eq. 12: (m, h, q)
+        self.a = self.rate.cumsum(-1)  # (m, h, q)
+        self.positive_dt = self.dt.clamp(min=SMALLEST_DT)
+        self.u = self.positive_dt.log2().sub_(self.a)  # (m, h, q)
+        self.CB = torch.matmul(self.C, self.B.mT)  # C_t . B_s: (m, g, q, q)
+        self.CB_diagonal = diagonal(self.CB).clone()  # (m, g, q)
+        self.CB.tril_(-1)
+        self.lower = dt.new_ones(q, q).tril_()
+
+    def steps(self, value: Tensor) -> Tensor:
+        """A view of the run's steps of (b, l, ...): (b, c, q, ...)."""
+        return value[:, self.start : self.start + self.c * self.q].unflatten(1, (self.c, self.q))
+
+    def by_group(self, value: Tensor) -> Tensor:
+        """(m, h, ...) as (m, g, r, ...)."""
+        return value.unflatten(1, (self.g, -1))
+
+    def blocks(self) -> list[Block]:
+        m, h, q = self.a.shape
+        is_cpu = self.a.device.type == "cpu"
+        elements = BLOCK_ELEMENTS_CPU * torch.get_num_threads() if is_cpu else BLOCK_ELEMENTS
+        size = max(1, elements // (h * q * q))
+        rows, chunks = max(1, size // self.c), min(size, self.c)
+        blocks = []
+        for i in range(0, m // self.c, rows):
+            for j in range(0, self.c, chunks):
+                i_end, j_end = min(i + rows, m // self.c), min(j + chunks, self.c)
+                all_m = slice(i * self.c + j, (i_end - 1) * self.c + j_end)
+                blocks.append(Block(slice(i, i_end), slice(j, j_end), all_m))
+        return blocks
+
+    def scaled(self, value: Tensor, factor: Tensor, block: Block, out: Tensor) -> Tensor:
+        """B or C of a block, for each head times `factor` (m, g, r, q, 1), in the memory of `out`: (m h, q, n)."""
+        out = out[: block.m.stop - block.m.start]
+        torch.mul(value[block.m].unsqueeze(2), factor[block.m], out=self.by_group(out))
+        return out.flatten(0, 1)
+
+    def M_diagonal(self, D: Tensor | None) -> Tensor:
+        """dt_t C_t . B_t + D: (m, h, q)."""
+        value = self.by_group(self.dt) * self.CB_diagonal.unsqueeze(2)
+        return value.flatten(1, 2) if D is None else value.flatten(1, 2).add_(D[:, None])
+
+    def decay(self) -> Tensor:
+        """Decay over a whole chunk: (b, c, h, 1, 1)."""
+        return torch.exp2(self.a[..., -1, None, None]).unflatten(0, (-1, self.c))
+
+    def from_start(self) -> Tensor:
+        """Decay from before the chunk's first step to t: (m, g, r, q, 1)."""
+        return self.by_group(torch.exp2(self.a)).unsqueeze(-1)
+
+    def to_end(self) -> Tensor:
+        """dt_s times the decay from s to the chunk's end: (m, g, r, q, 1)."""
+        to_come = before_each(self.rate.flip(-1)).flip(-1)
+        return self.by_group(to_come.exp2_().mul_(self.positive_dt)).unsqueeze(-1)
+
+    def inside(self, block: Block, out: Tensor) -> Tensor:
+        """L of a block, written into `out` (m, h, q, q) but for its diagonal.
+
+        Above the diagonal stands exp2(a_t) <= 1 in place of 0, so that no exponent of a decay is positive; CB, which
+        is zero there, masks it, once per group instead of once per head. CB masks the diagonal too: it is filled in
+        apart, exactly, however large |a| is.
+        """
+        torch.addcmul(self.a[block.m].unsqueeze(-1), self.u[block.m].unsqueeze(-2), self.lower, out=out)
+        return out.exp2_()
+
+
+def cut_into_runs(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> list[Run]:
+    """Full chunks, then a shorter one if the length asks for it: nothing is padded."""
+    full, rest = divmod(dt.shape[1], chunk_size)
+    spans = [(0, full, chunk_size)] * (full > 0) + [(full * chunk_size, 1, rest)] * (rest > 0)
+    return [Run(*span, dt, A.to(dt.dtype), B, C) for span in spans]
+
+
+def diagonal(value: Tensor) -> Tensor:
+    return value.diagonal(dim1=-2, dim2=-1)
+
+
+def before_each(value: Tensor) -> Tensor:
+    """The sum of all that comes before each element of the last dimension."""
+    return torch.nn.functional.pad(value[..., :-1], (1, 0)).cumsum(-1)
+
+
+def heads_first(value: Tensor, out: Tensor) -> Tensor:
+    """Copy (rows, c, q, h, p) into `out` (m, h, q, p), for matrix products: (m h, q, p)."""
+    out.unflatten(0, value.shape[:2]).copy_(value.transpose(2, 3))
+    return out.flatten(0, 1)
+
+
+def steps_first(value: Tensor, out: Tensor) -> None:
+    """The inverse of `heads_first`: copy (m h, q, p) into `out` (rows, c, q, h, p)."""
+    rows, c, q, h, p = out.shape
+    out.copy_(value.view(rows, c, h, q, p).transpose(2, 3))
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    chunk_size: int,
+    need_final_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, the final state if needed, and the state before each chunk (all m, h, p, n) unless there are only zeros."""
+    b, l, h, p = x.shape
+    n = B.shape[-1]
+    runs = cut_into_runs(dt, A, B, C, chunk_size)
+    total = sum(run.c for run in runs)
+    has_states = total > 1 or initial_states is not None
+    states = dt.new_empty(b * total, h, p, n) if has_states else dt.new_empty(0)
+    state = dt.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(dt.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for run, before in zip(runs, states.split([b * run.c if has_states else 0 for run in runs]), strict=True):
+        q, x_run, y_run, blocks = run.q, run.steps(x), run.steps(y), run.blocks()
+        most = blocks[0].m.stop
+        x_heads, y_heads, scaled, M_memory = (dt.new_empty(most, h, q, size) for size in (p, p, n, q))
+        is_last = run is runs[-1]
+        if not is_last or run.c > 1 or need_final_state:
+            added = dt.new_empty(b * run.c, h, p, n)  # to the state, by each chunk
+            to_end, decay = run.to_end(), run.decay()
+            for block in blocks:
+                write = run.scaled(run.B, to_end, block, out=scaled)
+                x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[: write.shape[0] // h])
+                torch.bmm(x_block.mT, write, out=added[block.m].view(-1, p, n))
+            added = added.unflatten(0, (b, run.c))
+        for c in range(run.c):
+            if has_states:
+                before.unflatten(0, (b, run.c))[:, c] = state
+            if not is_last or c + 1 < run.c or need_final_state:
+                state = torch.addcmul(added[:, c], decay[:, c], state)
+
+        from_start = run.from_start() if has_states else None
+        M_diagonal = run.M_diagonal(D)
+        for block in blocks:
+            M = M_memory[: block.m.stop - block.m.start]
+            x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[: M.shape[0]])
+            run.by_group(run.inside(block, out=M)).mul_(run.CB[block.m].unsqueeze(2))
+            diagonal(M).copy_(M_diagonal[block.m])
+            y_block = torch.bmm(M.view(-1, q, q), x_block, out=y_heads[: M.shape[0]].view(-1, q, p))
+            if has_states:
+                read = run.scaled(run.C, from_start, block, out=scaled)
+                y_block.baddbmm_(read, before[block.m].view(-1, p, n).mT)
+            steps_first(y_block, out=y_run[block.rows, block.chunks])
+    return y, state if need_final_state else None, states if has_states else None
+
+
+def backward(
+    dy: Tensor,
+    d_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, dt, A, B, C, D and of the state before the first chunk, from those of y and the final state.
+
+    With E = dM * M, the gradient of log M, a_t is due the sum of row t of E and u_s the sum of column s. The diagonal
+    of M does not depend on a: left out of E, it does not have to cancel.
+    """
+    b, l, h, p = x.shape
+    n = B.shape[-1]
+    A = A.to(dt.dtype)
+    runs = cut_into_runs(dt, A, B, C, chunk_size)
+    dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
+    dA, dD = dt.new_zeros(h), dt.new_zeros(h)
+    has_states = states is not None
+    states = (None,) * len(runs) if states is None else states.split([b * run.c for run in runs])
+    for run, before in reversed(list(zip(runs, states, strict=True))):
+        q, x_run, dy_run, dx_run, blocks = run.q, run.steps(x), run.steps(dy), run.steps(dx), run.blocks()
+        most = blocks[0].m.stop
+        x_heads, dy_heads, dx_heads, scaled, M_memory, E_memory = (
+            dt.new_empty(most, h, q, size) for size in (p, p, p, n, q, q)
+        )
+        if has_states:
+            from_start = run.from_start()
+            d_before = dt.new_empty(b * run.c, h, p, n)  # gradient of the state before each chunk, from its outputs
+            for block in blocks:
+                read = run.scaled(run.C, from_start, block, out=scaled)
+                dy_block = heads_first(dy_run[block.rows, block.chunks], out=dy_heads[: read.shape[0] // h])
+                torch.bmm(dy_block.mT, read, out=d_before[block.m].view(-1, p, n))
+            d_before = d_before.unflatten(0, (b, run.c))
+        has_after = d_state is not None or run.c > 1
+        if has_after:
+            to_end, decay = run.to_end(), run.decay()
+            d_after = dt.new_empty(b, run.c, h, p, n)  # gradient of the state after each chunk
+            d_decay = dt.new_empty(b * run.c, h)
+        for c in reversed(range(run.c)):
+            if has_after:
+                d_after[:, c] = 0 if d_state is None else d_state
+            if has_states:
+                d_state = torch.addcmul(d_before[:, c], decay[:, c], d_after[:, c]) if has_after else d_before[:, c]
+        if has_after:
+            d_after = d_after.flatten(0, 1)
+
+        M_diagonal = run.M_diagonal(D)
+        row_sums, column_sums, dM_diagonal = (torch.empty_like(run.a) for _ in range(3))
+        d_CB = torch.empty_like(run.CB)
+        dB_run, dC_run = torch.zeros_like(run.B), torch.zeros_like(run.C)
+        d_to_end = torch.zeros_like(run.a)  # gradient of its logarithm
+        for block in blocks:
+            size = block.m.stop - block.m.start
+            M, E, CB = M_memory[:size], E_memory[:size], run.CB[block.m].unsqueeze(2)
+            x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[:size])
+            dy_block = heads_first(dy_run[block.rows, block.chunks], out=dy_heads[:size])
+            torch.bmm(dy_block, x_block.mT, out=E.view(-1, q, q))  # dM
+            dM_diagonal[block.m] = diagonal(E)
+            E.mul_(run.inside(block, out=M))  # dM * L
+            torch.sum(run.by_group(E), dim=2, out=d_CB[block.m])
+            run.by_group(E).mul_(CB)
+            torch.sum(E, dim=-1, out=row_sums[block.m])
+            torch.sum(E, dim=-2, out=column_sums[block.m])
+            run.by_group(M).mul_(CB)
+            diagonal(M).copy_(M_diagonal[block.m])
+            dx_block = torch.bmm(M.view(-1, q, q).mT, dy_block, out=dx_heads[:size].view(-1, q, p))
+            if has_states:
+                d_read = torch.bmm(dy_block, before[block.m].view(-1, p, n), out=scaled[:size].view(-1, q, n))
+                d_read = d_read.view(size, run.g, -1, q, n).mul_(from_start[block.m])
+                torch.sum(d_read, dim=2, out=dC_run[block.m])
+                row_sums[block.m] += d_read.mul_(run.C[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
+            if has_after:
+                d_added = d_after[block.m].view(-1, p, n)
+                dx_block.baddbmm_(run.scaled(run.B, to_end, block, out=scaled), d_added.mT)
+                d_write = torch.bmm(x_block, d_added, out=scaled[:size].view(-1, q, n))
+                d_write = d_write.view(size, run.g, -1, q, n).mul_(to_end[block.m])
+                torch.sum(d_write, dim=2, out=dB_run[block.m])
+                d_to_end[block.m] = d_write.mul_(run.B[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
+            if has_after and has_states:
+                d_decay[block.m] = (d_after[block.m] * before[block.m]).sum((-1, -2))
+            steps_first(dx_block, out=dx_run[block.rows, block.chunks])
+
+        d_rate = (row_sums - column_sums).flip(-1).cumsum(-1).flip(-1)  # gradient of dt_t A
+        if has_after:
+            d_rate += before_each(d_to_end)
+        if has_after and has_states:
+            d_rate += d_decay.mul_(decay.flatten(0, 1)[..., 0, 0]).unsqueeze(-1)
+        d_rate.masked_fill_(run.rate <= run.least, 0)
+        d_steps = column_sums.add_(d_to_end).div_(run.positive_dt).addcmul_(d_rate, A[:, None])
+        run.by_group(d_steps).addcmul_(run.by_group(dM_diagonal), run.CB_diagonal.unsqueeze(2))
+        run.steps(ddt).copy_(d_steps.unflatten(0, (b, run.c)).transpose(2, 3))
+        dA += d_rate.mul_(run.dt).sum((0, 2))
+        dD += dM_diagonal.sum((0, 2))
+        diagonal(d_CB.tril_(-1)).copy_(run.by_group(dM_diagonal.mul_(run.dt)).sum(2))
+        run.steps(dC).copy_(dC_run.add_(d_CB @ run.B).unflatten(0, (b, run.c)).transpose(2, 3))
+        run.steps(dB).copy_(dB_run.add_(d_CB.mT @ run.C).unflatten(0, (b, run.c)).transpose(2, 3))
+    return dx, ddt, dA, dB, dC, dD, d_state
+
+
+# torch.compile does not look into a custom op and autograd does not work inside one: hence one op per pass.
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ssd_forward", mutates_args=())
+def ssd_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    chunk_size: int,
+    need_final_state: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        y, final_state, states = forward(x, dt, A, B, C, D, initial_states, chunk_size, need_final_state)
+    if final_state is None:
+        final_state = dt.new_empty(0)
+    if states is None or not keep_states:
+        states = dt.new_empty(0)
+    return y, final_state, states
+
+
+@ssd_forward.register_fake
+def _(x, dt, A, B, C, D, initial_states, chunk_size, need_final_state, keep_states):
+    b, l, h, p = x.shape
+    n = B.shape[-1]
+    chunks = -(-l // chunk_size)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final_state = dt.new_empty((b, h, p, n) if need_final_state else 0)
+    has_states = keep_states and (chunks > 1 or initial_states is not None)
+    return y, final_state, dt.new_empty((b * chunks, h, p, n) if has_states else 0)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ssd_backward", mutates_args=())
+def ssd_backward(
+    dy: Tensor,
+    d_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        kept = states if states.numel() else None
+        *grads, d_initial = backward(dy, d_state, x, dt, A, B, C, D, kept, chunk_size)
+    return *grads, dt.new_empty(0) if kept is None else d_initial
+
+
+@ssd_backward.register_fake
+def _(dy, d_state, x, dt, A, B, C, D, states, chunk_size):
+    dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
+    dA, dD = dt.new_empty(A.shape), dt.new_empty(A.shape)
+    return dx, ddt, dA, dB, dC, dD, dt.new_empty((x.shape[0], *states.shape[1:]) if states.dim() > 1 else 0)
+
+
+def keep_for_backward(ctx, inputs, output):
+    *tensors, chunk_size, _, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.chunk_size = chunk_size
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, dy, d_state, _):
+    x, dt, A, B, C, D, initial_states, states = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, ddt, dA, dB, dC, dD, d_initial = ssd_backward(dy, d_state, x, dt, A, B, C, D, states, ctx.chunk_size)
+    dD = None if D is None else dD.to(D.dtype)
+    d_initial = None if initial_states is None else d_initial.to(initial_states.dtype)
+    return dx, ddt, dA.to(A.dtype), dB, dC, dD, d_initial, None, None, None
+
+
+def refuse(ctx, *grads):
+    raise RuntimeError(
+        "Got a second derivative of ssd or causal_conv; their backward is written by hand and has none: "
+        "differentiate ssd_oracle or torch's conv1d instead."
+    )
+
+
+ssd_forward.register_autograd(differentiate, setup_context=keep_for_backward)
+ssd_backward.register_autograd(refuse)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution y_t = bias + sum_j weight_j x_{t-w+1+j}, as w shifted multiply-adds.
+
+    Args:
+        x: (b, l, c).
+        weight: One filter per channel (c, w); the last tap meets the current step, as in `torch.nn.Conv1d`.
+        bias: (c).
+        history: The w - 1 steps before x (b, w - 1, c); zeros if None.
+
+    Returns:
+        y (b, l, c) in the dtype of x.
+
+    Raises:
+        ValueError: A shape does not fit the others.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; causal_conv needs (b, l, c): flatten the channels.")
+    if x.numel() == 0:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; causal_conv needs at least one element: skip the call.")
+    b, l, c = x.shape
+    if weight.dim() != 2 or weight.shape[0] != c or weight.shape[1] == 0:
+        raise ValueError(f"`weight` has shape {tuple(weight.shape)}; `x` {tuple(x.shape)} needs ({c}, w): reshape it.")
+    w = weight.shape[1]
+    for name, value, shape in (("bias", bias, (c,)), ("history", history, (b, w - 1, c))):
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}; `x` {tuple(x.shape)} and `weight` {tuple(weight.shape)} "
+                f"need {shape}: reshape `{name}`."
+            )
+    return conv_forward(x, weight, bias, history)
+
+
+def conv_tiles(x: Tensor) -> list[tuple[slice, int, int]]:
+    """Rows and steps from, to: few enough to stay in the cache of a CPU."""
+    b, l, c = x.shape
+    elements = CONV_ELEMENTS_CPU * torch.get_num_threads() if x.device.type == "cpu" else CONV_ELEMENTS
+    size = max(1, elements // c)
+    rows, steps = max(1, size // l), min(size, l)
+    return [(slice(i, min(i + rows, b)), s, min(s + steps, l)) for i in range(0, b, rows) for s in range(0, l, steps)]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv_forward", mutates_args=())
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
+    dtype, work, l = x.dtype, work_dtype(x), x.shape[1]
+    x, taps = x.to(work), weight.to(work).T.flip(0).contiguous()  # taps[j] meets step t - j: (w, c)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows, start, end in conv_tiles(x):
+        tile = y[rows, start:end]
+        if bias is None:
+            torch.mul(x[rows, start:end], taps[0], out=tile)
+        else:
+            torch.addcmul(bias.to(work), x[rows, start:end], taps[0], out=tile)
+        for j in range(1, len(taps)):
+            first = min(max(start, j), end)
+            tile[:, first - start :].addcmul_(x[rows, first - j : end - j], taps[j])
+    for j in range(1, len(taps)) if history is not None else ():
+        reached = min(j, l)
+        y[:, :reached].addcmul_(history[:, -j:][:, :reached].to(work), taps[j])
+    return y.to(dtype)
+
+
+@conv_forward.register_fake
+def _(x, weight, bias, history):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv_backward", mutates_args=())
+def conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, history: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, work = x.dtype, work_dtype(x)
+    dy, x, taps = dy.to(work), x.to(work), weight.to(work).T.flip(0).contiguous()
+    (l, c), w = x.shape[1:], len(taps)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tiles = conv_tiles(x)
+    sums = x.new_zeros(w + 1, tiles[0][0].stop, tiles[0][2], c)  # for each tap, and for the bias
+    for rows, start, end in tiles:
+        tile, dy_tile = dx[rows, start:end], dy[rows, start:end]
+        sum_tile = sums[:, : tile.shape[0], : end - start]
+        torch.mul(dy_tile, taps[0], out=tile)
+        sum_tile[w].add_(dy_tile)
+        sum_tile[0].addcmul_(dy_tile, x[rows, start:end])
+        for j in range(1, w):
+            last = max(min(end, l - j), start)
+            tile[:, : last - start].addcmul_(dy[rows, start + j : last + j], taps[j])
+            first = min(max(start, j), end)
+            sum_tile[j, :, first - start :].addcmul_(dy_tile[:, first - start :], x[rows, first - j : end - j])
+    sums = sums.sum((1, 2))
+    d_history = x.new_zeros(0 if history is None else history.shape)
+    for j in range(1, w) if history is not None else ():
+        reached = min(j, l)
+        d_history[:, w - 1 - j :][:, :reached].addcmul_(dy[:, :reached], taps[j])
+        sums[j] += (dy[:, :reached] * history[:, -j:][:, :reached].to(work)).sum((0, 1))
+    return dx.to(dtype), sums[:w].flip(0).T.contiguous(), sums[w].clone(), d_history
+
+
+@conv_backward.register_fake
+def _(dy, x, weight, history):
+    work = work_dtype(x)
+    d_weight = torch.empty_like(weight, dtype=work, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_history = d_weight.new_empty(0 if history is None else history.shape)
+    return dx, d_weight, d_weight.new_empty(weight.shape[0]), d_history
+
+
+def keep_for_conv_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate_conv(ctx, dy):
+    x, weight, bias, history = ctx.saved_tensors
+    dx, d_weight, d_bias, d_history = conv_backward(dy, x, weight, history)
+    d_bias = None if bias is None else d_bias.to(bias.dtype)
+    d_history = None if history is None else d_history.to(history.dtype)
+    return dx, d_weight.to(weight.dtype), d_bias, d_history
+
+
+conv_forward.register_autograd(differentiate_conv, setup_context=keep_for_conv_backward)
+conv_backward.register_autograd(refuse)
