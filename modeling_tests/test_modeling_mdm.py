@@ -250,6 +250,14 @@ def test_half_precision_keeps_the_recurrence_in_fp32(tmp_path):
     assert abs(float(out.loss) - float(reference.loss)) < 0.03 * float(reference.loss)
 
 
+def test_hidden_states_of_every_block_can_be_had():
+    model = tiny_model()
+    inputs = batch(["both"])
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.num_hidden_layers + 1
+    assert all(state.shape == (*inputs["input_ids"].shape, 32) for state in states)
+
+
 def test_text_only_sequences_run_two_directions():
     model = tiny_model()
     inputs = batch(["text"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mdm import MDMVAEConfig
 
@@ -43,6 +43,23 @@ class MDMLatentPosterior(ModelOutput):
     def kl(self) -> Tensor:
         """D_KL(q(z | g) || N(0, I)), summed over the latent axis: (...,). Eq. 17."""
         return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance).sum(-1)
+
+
+@dataclass
+class MDMVAEOutput(ModelOutput):
+    """Output of [`MDMVAEModel`]; what was not given is None.
+
+    Args:
+        reconstruction: (n, c, h * p, w * p), nominally in [-1, 1].
+        logits: (..., vocab_size).
+        image_latents: Posterior mean (n, h, w, latent_size).
+        text_latents: Posterior mean (..., latent_size).
+    """
+
+    reconstruction: Tensor | None = None
+    logits: Tensor | None = None
+    image_latents: Tensor | None = None
+    text_latents: Tensor | None = None
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -136,19 +153,23 @@ class MDMVAEModel(PreTrainedModel):
         everything = torch.arange(self.config.vocab_size, device=logits.device)
         return logits.softmax(-1) @ self.encode_tokens(everything).mean.to(logits.dtype)
 
-    def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, noise=None, **kwargs):
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, **kwargs) -> "MDMVAEOutput":
         """Auto-encodes `pixel_values` (n, c, h, w) and `input_ids` (...,) through the posterior mean.
 
-        Returns a dict with `reconstruction` (like pixel_values) and `logits` (..., vocab_size), as far as given.
+        Raises:
+            ValueError: neither is given, or the patch size does not divide a side.
         """
         if pixel_values is None and input_ids is None:
             raise ValueError("Got neither `pixel_values` nor `input_ids`; give at least one of them to auto-encode.")
-        return {
-            "reconstruction": None
-            if pixel_values is None
-            else self.decode_images(self.encode_images(pixel_values).mean),
-            "logits": None if input_ids is None else self.decode_tokens(self.encode_tokens(input_ids).mean),
-        }
+        images = None if pixel_values is None else self.encode_images(pixel_values).mean
+        tokens = None if input_ids is None else self.encode_tokens(input_ids).mean
+        return MDMVAEOutput(
+            reconstruction=None if images is None else self.decode_images(images),
+            logits=None if tokens is None else self.decode_tokens(tokens),
+            image_latents=images,
+            text_latents=tokens,
+        )
 
 
 def reconstruction_loss(pixels: Tensor, reconstruction: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 NUM_IMAGE_ORDERS = 4
 NUM_TEXT_ORDERS = 2
+# One namespace of custom ops per copy of this file: one that came with weights from the Hub may be of another version.
+NAMESPACE = "".join(letter if letter.isalnum() else "_" for letter in __name__)
 
 
 def image_scan_order(height: int, width: int, direction: int) -> Tensor:
@@ -92,14 +94,14 @@ def scan_orders(
     return torch.argsort(torch.stack(keys, dim=-1), dim=1, stable=True)
 
 
-@torch.library.custom_op("mdm_hf::scan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
 def _scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
     b, l, k = order.shape
     rows = order + torch.arange(b, device=x.device).view(b, 1, 1) * l
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(b, l, k, x.shape[-1])
 
 
-@torch.library.custom_op("mdm_hf::unscan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::unscan", mutates_args=())
 def _unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
     b, l, k = rank.shape
     offsets = torch.arange(k, device=y.device) + torch.arange(b, device=y.device).view(b, 1, 1) * l * k

@@ -9,12 +9,14 @@ Symbols
     z_0, z0_hat    clean latent and its prediction                                       (..., d)
     delta          z0_hat - z_0                                                          (..., d)
 
-With Theorem 2's softmax both ratios sum to one, and Eq. 4 becomes the Kullback-Leibler divergence KL(r || s). For text,
-Y is the vocabulary, and that is the cross-entropy. For images, Y are earlier states of the same position, and that is a
-function of delta alone, the weighted squared error in closed form.
+With Theorem 2's softmax both ratios sum to one, and Eq. 4 becomes the Kullback-Leibler divergence KL(r || s). For
+text, Y is the vocabulary, and that is the cross-entropy. For images, Y are earlier states of the same position, and
+that is a function of delta alone, the weighted squared error in closed form.
 
 All functions return one value per position and average nothing over positions.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +109,8 @@ def image_score_entropy_sampled(
 
     Neither difference cancels in fp32, and z_t itself drops out. All candidates share s: between times the densities'
     heights differ by v^(-d/2), the softmax would see only the smallest s, and no gradient would be left. For small
-    delta the value is a^2 / 2 delta^T Cov_r(e) delta; omega = 2 / (a^2 d kappa), kappa the mean variance of e under r in
-    this call, puts it on the scale of `image_score_entropy_exact` with unit weight.
+    delta the value is a^2 / 2 delta^T Cov_r(e) delta; omega = 2 / (a^2 d kappa), kappa the mean variance of e under r
+    in this call, puts it on the scale of `image_score_entropy_exact` with unit weight.
 
     Args:
         t: Time of z_t in [0, 1] (...); where it is 0 the result is 0.
@@ -118,7 +120,7 @@ def image_score_entropy_sampled(
     """
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` is {num_candidates}; a softmax over states needs at least 2.")
-    like = {"generator": generator, "device": z_0.device, "dtype": z_0.dtype}
+    like: dict[str, Any] = {"generator": generator, "device": z_0.device, "dtype": z_0.dtype}
     s = t * torch.rand(t.shape, **like)
     e = torch.randn(*z_0.shape[:-1], num_candidates, z_0.shape[-1], **like)
     a = (snr(alpha_bar_at(s, table)) - snr(alpha_bar_at(t, table))).clamp(min=1e-6).sqrt()

@@ -16,10 +16,10 @@ Symbols
     b, l, h     batch, length, heads; p channels per head, n state channels per head
     g, r        groups and heads per group, h = g r; the heads of a group share B and C
     c, q        chunks and steps per chunk
-    m           chunks of several rows in one dimension
+    m           chunks of all rows in one dimension, row by row, or those of a block
     s, t        the step that writes and the step that reads, s <= t
-    a           log2 of the decay since the chunk's start, sum of dt A log2(e): (b, c, h, q), falling
-    u           log2(dt_s) - a_s: (b, c, h, q)
+    a           log2 of the decay since the chunk's start, sum of dt A log2(e): (m, h, q), falling
+    u           log2(dt_s) - a_s: (m, h, q)
     L           exp2(a_t + u_s), decay from s to t times dt_s: (m, h, q, q), lower triangular
     M           L * (C_t . B_s), y = M x inside a chunk: (m, h, q, q)
 
@@ -99,7 +99,8 @@ def ssd(
         A: Decay rates (h), negative.
         B: (b, l, g, n); h is a multiple of g and head i reads group i // (h / g).
         C: (b, l, g, n).
-        chunk_size: Steps per chunk; changes the speed, not the result. None chooses.
+        chunk_size: The most steps in a chunk; changes the speed, not the result. None chooses, and a CPU takes at most
+            64, whatever a checkpoint that was made for a GPU says.
         D: Skip weights (h).
         dt_bias: Added to dt (h).
         dt_softplus: Whether dt passes through softplus, after `dt_bias`.
@@ -122,9 +123,10 @@ def ssd(
         dt = torch.nn.functional.softplus(dt)
     else:
         dt = dt.clamp(min=0)
-    if chunk_size is None:
-        longest = LONGEST_CHUNK_CPU if x.device.type == "cpu" else LONGEST_CHUNK
-        chunk_size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / longest))
+    if x.device.type == "cpu":
+        chunk_size = min(chunk_size or LONGEST_CHUNK_CPU, LONGEST_CHUNK_CPU)
+    chunks = -(-x.shape[1] // (chunk_size or LONGEST_CHUNK))
+    chunk_size = -(-x.shape[1] // chunks)  # as equal as can be
     tensors = (x, dt, A, B, C, D, initial_states)
     keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
     y, final_state, _ = ssd_forward(x, dt, A, B, C, D, initial_states, chunk_size, return_final_states, keep)

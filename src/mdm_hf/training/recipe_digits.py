@@ -1,5 +1,6 @@
 """The recipe of mdm-digits: one small MDM that draws, reads and discusses handwritten digits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def train_digits(
     resume: bool = False,
     use_cpu: bool | None = None,
     disable_tqdm: bool = False,
+    draw: Callable[[MDMForMultiModalGeneration, Path], None] | None = None,
     **config_overrides,
 ) -> Path:
     """Trains mdm-digits from scratch and writes a Hub-ready folder.
@@ -44,6 +46,8 @@ def train_digits(
         output_dir: Gets `checkpoint-*`, `samples/step-*.png`, and the finished model in `final`.
         max_steps: Optimiser steps; the whole schedule is laid over them.
         resume: Go on from the newest checkpoint in `output_dir`.
+        draw: Called every `sample_every` steps with the averaged model and the path of a PNG; draws a grid of samples
+            by default.
         config_overrides: Fields of [`MDMConfig`] that differ from the preset.
 
     Returns:
@@ -86,7 +90,7 @@ def train_digits(
         args=arguments,
         train_dataset=data,
         data_collator=ConversationCollator(processor),
-        callbacks=[ema, SampleGridCallback(_grid_drawer(processor), ema, sample_every)],
+        callbacks=[ema, SampleGridCallback(draw or _grid_drawer(processor), ema, sample_every)],
     )
     trainer.train(resume_from_checkpoint=resume)
     ema.swap_in(model)

@@ -1,0 +1,120 @@
+"""Claims about the scores: what is perfect scores one, what is blind scores chance, and the shipped model earns its card."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdm_hf import MDMPipeline
+from mdm_hf.evaluation.digits import DigitJudge, as_pixels, evaluate_digits, frechet_distance
+from mdm_hf.evaluation.pictures import picture_grid
+from mdm_hf.training.digits import all_questions_and_answers, caption, digit_named_in, load_digits_split
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+
+
+class PerfectPipe:
+    """Knows every digit by its pixels and draws training images."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.images, self.labels = load_digits_split("train")
+        held_images, held_labels = load_digits_split("heldout")
+        self.label_of = {i.tobytes(): int(n) for i, n in zip(held_images, held_labels, strict=True)}
+
+    def draw(self, digit):
+        return self.images[self.rng.choice(np.flatnonzero(self.labels == digit))]
+
+    def __call__(self, text=None, images=None, class_ids=None, generate=None, **settings):
+        count = len(text or images or class_ids)
+        results = []
+        for n in range(count):
+            prompt = text[n] if text else None
+            if images is not None:
+                digit = self.label_of[images[n].tobytes()]
+                said = caption(digit, self.rng)
+                if prompt is not None:
+                    said = self.answer(prompt, digit)
+                results.append({"images": [], "text": [said]})
+                continue
+            digit = class_ids[n] if class_ids else digit_named_in(prompt) if prompt else int(self.rng.integers(10))
+            results.append({"images": [self.draw(digit)], "text": [caption(digit, self.rng)]})
+        return results
+
+    @staticmethod
+    def answer(question, digit):
+        answers = [a for q, a in all_questions_and_answers() if q == question]
+        return next(a for a in answers if digit_named_in(a) == digit)
+
+
+class BlindPipe(PerfectPipe):
+    """Draws and says the same, whatever it is asked."""
+
+    def __call__(self, text=None, images=None, class_ids=None, generate=None, **settings):
+        count = len(text or images or class_ids)
+        return [{"images": [self.draw(int(self.rng.integers(10)))], "text": ["a five"]} for _ in range(count)]
+
+
+TASKS = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "image_and_text_agree")
+
+
+def test_a_perfect_model_scores_one_up_to_the_judge():
+    scores = evaluate_digits(PerfectPipe(), num_samples=400)["scores"]
+    assert all(scores[task] > 0.98 for task in TASKS)
+    assert scores["captions_well_formed"] == 1
+    assert 0.8 < scores["pixel_frechet_ratio"] < 1.6
+
+
+def test_a_blind_model_scores_chance():
+    scores = evaluate_digits(BlindPipe(), num_samples=400)["scores"]
+    assert all(scores[task] < 0.2 for task in TASKS)
+
+
+def test_the_frechet_distance_of_equal_gaussians_is_zero_and_of_shifted_ones_the_squared_shift():
+    a = np.random.default_rng(0).normal(8, 2, (5000, 64))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 4) == pytest.approx(64 * 0.5**2, rel=1e-6)
+    b = 8 + 2 * (a - 8)
+    root = np.sqrt(np.linalg.eigvalsh(np.cov(a / 8, rowvar=False))).sum()
+    assert frechet_distance(a, b) > 0.9 * np.square(root) / 64
+
+
+def test_the_judge_names_98_percent_of_digits_it_never_saw():
+    assert DigitJudge().accuracy() > 0.975
+
+
+def test_pixels_come_back_on_the_scale_of_the_data_set():
+    images, _ = load_digits_split("train")
+    pixels = as_pixels(images)
+    assert pixels.min() == 0
+    assert pixels.max() == pytest.approx(16)
+    np.testing.assert_allclose(pixels, np.rint(pixels), atol=0.05)
+
+
+def test_too_few_samples_for_the_frechet_distance_are_refused():
+    with pytest.raises(ValueError, match="needs at least 65"):
+        evaluate_digits(PerfectPipe(), num_samples=64)
+
+
+def test_a_grid_has_a_place_for_every_cell_caption_and_heading():
+    cell = (Image.new("L", (8, 8), 255), "a long caption that needs more than one line")
+    plain = picture_grid([cell] * 5, columns=3)
+    headed = picture_grid([cell] * 5, columns=3, headings={0: "above"})
+    assert plain.size[0] == headed.size[0]
+    assert headed.size[1] > plain.size[1]
+    assert len(set(plain.getdata())) > 1
+    assert picture_grid([(None, "")], columns=1).size[0] > 90
+
+
+def test_the_shipped_weights_still_earn_what_their_card_says():
+    """100 samples a task, so allow for three standard errors of a share: what lies below is a regression."""
+    pipe = MDMPipeline.from_pretrained(CARD, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    promised = json.loads((CARD / "scores.json").read_text())["scores"]
+    got = evaluate_digits(pipe, num_samples=100, seed=1234)["scores"]
+    for task in (*TASKS, "captions_well_formed"):
+        p = min(max(promised[task], 0.02), 0.98)
+        assert got[task] > promised[task] - 3 * (p * (1 - p) / 100) ** 0.5, task
