@@ -1,4 +1,4 @@
-"""Claims about the scores: what is perfect scores one, what is blind scores chance, and the shipped model earns its card."""
+"""Claims about the scores: a perfect model scores one, a blind one scores chance, the shipped one earns its card."""
 
 import json
 from pathlib import Path

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
     train.add_argument("--output-dir", type=Path, required=True)
     train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
-    train.add_argument("--max-steps", type=int, default=12_000)
+    train.add_argument("--max-steps", type=int, default=22_000)
     train.add_argument("--batch-size", type=int, default=64)
     train.add_argument("--learning-rate", type=float, default=2e-3)
     train.add_argument("--diffusion-loss", default=None, help="see MDMConfig.diffusion_loss (default: the preset's)")

@@ -26,7 +26,7 @@ TASK_WEIGHTS = {
 def train_digits(
     output_dir: str | Path,
     processor: MDMProcessor,
-    max_steps: int = 12_000,
+    max_steps: int = 22_000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     warmup_steps: int = 500,
