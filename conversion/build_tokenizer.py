@@ -43,6 +43,7 @@ CONTROL_TOKENS = {
 # Spelled out by its characters, text such as "<0x4F>" is never mistaken for the byte piece of that name.
 BYTE_NAME_CHARACTERS = "<>x0123456789ABCDEF"
 
+MAX_LENGTH = 512  # of a text in tokens (paper, Appendix C)
 DIGITS_VOCAB_SIZE = 384
 DIGITS_MAX_NEW_TOKENS = 8
 DIGITS_CHARACTERS = "jq!'-:;"  # with the corpus: the letters and marks of a simple sentence
@@ -118,6 +119,7 @@ def to_fast_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         extra_special_tokens=CONTROL_TOKENS,
         padding_side="right",
+        model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
 

@@ -120,7 +120,7 @@ def test_one_folder_holds_model_processor_scheduler_and_generation_config(pipe, 
         ({"class_ids": 10}, "10"),
         ({"generate": "sound"}, "sound"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
-        ({"text": "a three " * 200, "generate": "image"}, "512"),
+        ({"text": "a three " * 600, "generate": "image"}, "512"),
     ],
     ids=["lengths", "messages", "returns", "class", "generate", "steps", "long-text"],
 )

@@ -19,7 +19,7 @@ MODES = {1: "L", 3: "RGB"}
 RANGE_SLACK = 1e-3  # what rounding may add to [-1, 1]
 
 
-class MDMImageProcessorKwargs(ImagesKwargs, total=False):
+class MDMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     patch_size (`int`, *optional*):
         Height and width of a patch in pixels; one patch is one position of the sequence.
@@ -51,7 +51,7 @@ class MDMImageProcessorPil(PilBackend):
     model_input_names = ["pixel_values", "image_grid_hw"]
 
     do_resize = True
-    size = {"height": 256, "width": 256}
+    size: Any = {"height": 256, "width": 256}
     resample = PILImageResampling.BICUBIC
     do_rescale = True
     rescale_factor = 1 / 255
@@ -184,10 +184,12 @@ class MDMImageProcessorPil(PilBackend):
                 else self.resize(image, size=size, resample=resample)
                 for image in images
             ]
-        grids = np.array([self.grid_of(*image.shape[1:], patch_size) for image in images], dtype=np.int64)
+        grids = np.array(
+            [self.grid_of(image.shape[1], image.shape[2], patch_size) for image in images], dtype=np.int64
+        )
         height, width = np.max([image.shape[1:] for image in images], axis=0)
         scale = np.float32(rescale_factor if do_rescale else 1)
-        mean, std = np.float32(0), np.float32(1)
+        mean, std = np.zeros((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
         if do_normalize:
             mean = np.asarray(image_mean, dtype=np.float32).reshape(-1, 1, 1)
             std = np.asarray(image_std, dtype=np.float32).reshape(-1, 1, 1)

@@ -10,7 +10,7 @@ with <|time_image|> or <|time_text|> before the first target segment of each mod
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,7 +234,7 @@ class MDMProcessor(ProcessorMixin):
         Raises:
             ValueError: messages that do not fit together, with what was got, what is needed, what to do.
         """
-        options = {"generate": generate, "image_size": image_size, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"generate": generate, "image_size": image_size, "max_new_tokens": max_new_tokens}
         for name, value in (processor_kwargs or {}).items():
             if name not in options:
                 raise ValueError(f"Got processor_kwargs {name!r}; need {', '.join(options)}; leave the others out.")
@@ -439,7 +439,7 @@ class MDMProcessor(ProcessorMixin):
     def _expand(
         self,
         ids: list[int],
-        known_grids: Iterable[list[int]],
+        known_grids: Iterator[list[int]],
         target_grid: list[int],
         canvas: int,
         grids: list[list[int]],
@@ -460,6 +460,11 @@ class MDMProcessor(ProcessorMixin):
                             f"most max_new_tokens = {canvas}; shorten it or raise max_new_tokens."
                         )
                     body = body + [token["eos_token"]] * (canvas - len(body))
+                elif len(body) > self.tokenizer.model_max_length:
+                    raise ValueError(
+                        f"Got a text of {len(body)} tokens, {self.tokenizer.decode(body)[:60]!r}; need at most the "
+                        f"tokenizer's model_max_length = {self.tokenizer.model_max_length}; shorten it."
+                    )
                 row.add([ids[i]])
                 row.add(body, is_target=in_targets, is_labelled=in_targets)
                 row.add([ids[end]])

@@ -368,8 +368,8 @@ def backward(
     dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
     dA, dD = dt.new_zeros(h), dt.new_zeros(h)
     has_states = states is not None
-    states = (None,) * len(runs) if states is None else states.split([b * run.c for run in runs])
-    for run, before in reversed(list(zip(runs, states, strict=True))):
+    split = [None] * len(runs) if states is None else states.split([b * run.c for run in runs])
+    for run, before in reversed(list(zip(runs, split, strict=True))):
         q, x_run, dy_run, dx_run, blocks = run.q, run.steps(x), run.steps(dy), run.steps(dx), run.blocks()
         most = blocks[0].m.stop
         x_heads, dy_heads, dx_heads, scaled, M_memory, E_memory = (
@@ -500,8 +500,8 @@ def ssd_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         kept = states if states.numel() else None
-        *grads, d_initial = backward(dy, d_state, x, dt, A, B, C, D, kept, chunk_size)
-    return *grads, dt.new_empty(0) if kept is None else d_initial
+        dx, ddt, dA, dB, dC, dD, d_initial = backward(dy, d_state, x, dt, A, B, C, D, kept, chunk_size)
+    return dx, ddt, dA, dB, dC, dD, dt.new_empty(0) if kept is None else d_initial
 
 
 @ssd_backward.register_fake

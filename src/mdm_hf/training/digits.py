@@ -8,6 +8,7 @@
 
 import re
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -127,7 +128,7 @@ def load_digits_split(split: str) -> tuple[list[Image.Image], np.ndarray]:
 
 def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """`image` as another scan of the same paper: shifted by up to a pixel, a little noise, another contrast."""
-    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float64)
     for axis in (0, 1):
         if rng.random() < 0.5:
             step = 1 if rng.random() < 0.5 else -1
@@ -225,7 +226,7 @@ class DigitsTaskDataset(Dataset):
         self.tasks = [task for task in TASKS if task in task_weights]
         weights = np.array([task_weights[task] for task in self.tasks], dtype=np.float64)
         self.task_ends = np.cumsum(weights / weights.sum())
-        self.options = {
+        self.options: dict[str, Any] = {
             "augment": augment,
             "condition_dropout": condition_dropout,
             "class_probability": class_probability,
