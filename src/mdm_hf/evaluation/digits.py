@@ -111,6 +111,8 @@ def evaluate_digits(
         "pixel_frechet_distance_of_training_images": round(floor, 4),
         "pixel_frechet_ratio": round(distance / floor, 3),
     }
+    if guidance_scale is None and hasattr(pipe, "model"):
+        settings["guidance_scale"] = pipe.model.generation_config.guidance_scale
     settings |= {"num_samples": num_samples, "seed": seed}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return {

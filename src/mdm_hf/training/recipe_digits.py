@@ -99,7 +99,7 @@ def train_digits(
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path) -> Path:
     """Writes model, processor, scheduler and generation config into one folder."""
-    model.generation_config = MDMGenerationConfig(num_inference_steps=20)
+    model.generation_config = MDMGenerationConfig(num_inference_steps=20, guidance_scale=1.15)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.default_scheduler().save_pretrained(folder / "scheduler")
