@@ -65,7 +65,7 @@ def test_a_perfect_model_scores_one_up_to_the_judge():
     scores = evaluate_digits(PerfectPipe(), num_samples=400)["scores"]
     assert all(scores[task] > 0.98 for task in TASKS)
     assert scores["captions_well_formed"] == 1
-    assert 0.8 < scores["pixel_frechet_ratio"] < 1.6
+    assert 0.8 < scores["pixel_frechet_ratio"] < 2  # real images score 1.75 here: 400 of them, in 64 dimensions
 
 
 def test_a_blind_model_scores_chance():
