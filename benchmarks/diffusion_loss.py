@@ -5,9 +5,9 @@ Three runs of the digits recipe that differ in `MDMConfig.diffusion_loss` alone:
 modalities, as the baseline. Same model, seed, batches, optimiser, solver. The loss values cannot be compared, so the
 averaged model is scored by `mdm evaluate` while it trains.
 
-What to expect: all three have the same optimum for images, weighted over the noise levels by 1 (exact), by up to 1
-(sampled: it saturates where the states tell the difference at once) and by the SNR (epsilon). The DDPM loss spends its
-weight on nearly clean latents; what an image shows is decided in the noisy ones.
+What to expect: all three have the same optimum for images. The sampled estimator has noisier gradients than the closed
+form and values nearly clean latents less. The epsilon loss weighs the noise levels by the SNR, so it spends itself on
+nearly clean latents, while what an image shows is decided in the noisy ones.
 
     python benchmarks/diffusion_loss.py --small                                     # a minute, shows that it runs
     python benchmarks/diffusion_loss.py --plot docs/images/ablation.png             # the table in docs/ablation.md

@@ -4,7 +4,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from mdm_hf.noise_schedule import BETA_SCHEDULES, add_noise, alpha_bar, alpha_bar_table, noise_from, posterior, snr
+from mdm_hf.noise_schedule import (
+    BETA_SCHEDULES,
+    add_noise,
+    alpha_bar,
+    alpha_bar_table,
+    noise_from,
+    posterior,
+    snr,
+)
 
 
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
@@ -29,6 +37,31 @@ def test_alpha_bar_meets_the_table_and_falls_in_between():
     assert bool((fine.diff() < 0).all())
     assert alpha_bar(torch.zeros(2, 3), table.float()).shape == (2, 3)
     assert float(alpha_bar(torch.zeros(1), table.float())) == 1
+
+
+@pytest.mark.parametrize("of_table", [torch.float64, torch.float32, torch.bfloat16])
+def test_alpha_bar_is_float32_unless_t_is_float64(of_table):
+    exact = alpha_bar_table()
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    for of_t, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32)):
+        got = alpha_bar(t.to(of_t), exact.to(of_table))
+        assert got.dtype == expected
+        torch.testing.assert_close(got.double(), exact, atol=2e-3 if of_table == torch.bfloat16 else 1e-6, rtol=0)
+    assert alpha_bar(t.bfloat16(), exact.to(of_table)).dtype == torch.float32
+
+
+def test_alpha_bar_compiles_into_one_graph():
+    table, t = alpha_bar_table().float(), torch.rand(3, 4)
+    compiled = torch.compile(alpha_bar, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(t, table), alpha_bar(t, table))
+
+
+def test_a_timestep_of_diffusers_has_the_alpha_bar_that_diffusers_gives_it():
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(20)
+    t = (scheduler.timesteps + 1) / 1000  # as generation_mdm.py counts
+    expected = scheduler.alphas_cumprod[scheduler.timesteps]
+    torch.testing.assert_close(alpha_bar(t, alpha_bar_table().float()), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_noisy_latents_have_the_variance_of_eq_2():
@@ -59,6 +92,19 @@ def test_the_posterior_is_bayes_theorem(s, t):
     got_mean, got_variance = posterior(*values, *levels)
     torch.testing.assert_close(got_mean.squeeze(), mean, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got_variance.squeeze(), variance, atol=1e-6, rtol=1e-6)
+
+
+def test_the_posterior_is_finite_in_fp32_at_every_pair_of_times_and_a_point_where_t_is_clean():
+    table = alpha_bar_table().float()
+    t = torch.linspace(0, 1, 101)
+    s = t[:, None] * torch.tensor([0.0, 1e-3, 0.5, 1.0])
+    level_s, level_t = alpha_bar(s, table), alpha_bar(t[:, None].expand_as(s), table)
+    z_0 = torch.randn(101, 4, 3, generator=torch.Generator().manual_seed(0))
+    mean, variance = posterior(z_0, add_noise(z_0, torch.ones_like(z_0), level_t), level_s, level_t)
+    assert torch.isfinite(mean).all()
+    assert bool(((variance >= 0) & (variance < 1)).all())
+    torch.testing.assert_close(mean[:, 0], z_0[:, 0])  # s = 0: the clean latent itself
+    torch.testing.assert_close(mean[0], z_0[0])  # t = 0: nothing to undo
 
 
 def test_snr_is_finite_at_both_ends():

@@ -10,6 +10,7 @@ from mdm_hf.score_entropy import (
     ddpm_epsilon_loss,
     image_score_entropy_exact,
     image_score_entropy_sampled,
+    log_ratio,
     loss_weight,
     normaliser,
     score_entropy,
@@ -32,8 +33,9 @@ def test_the_normaliser_is_a_log_a_minus_a():
     value = normaliser(a)
     expected = [0.0] + [x * (torch.tensor(x, dtype=torch.float64).log().item() - 1) for x in (0.5, 1.0, 3.0)]
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64))
-    value[1:].sum().backward()
+    value.sum().backward()
     torch.testing.assert_close(a.grad[1:], a.detach()[1:].log())  # K'(a) = log a
+    assert float(a.grad[0]) == 0
 
 
 def test_score_entropy_is_the_literal_sum_of_eq_4():
@@ -48,6 +50,25 @@ def test_score_entropy_is_never_negative_and_zero_only_at_the_true_ratio():
     torch.testing.assert_close(
         score_entropy(log_r, log_r), torch.zeros(10_000, dtype=torch.float64), atol=1e-12, rtol=0
     )
+
+
+def test_score_entropy_stays_non_negative_and_precise_in_fp32_next_to_the_true_ratio():
+    """Where Eq. 4 as written is nothing but rounding error: its value is 1e-10, its terms are of order one."""
+    log_r = torch.randn(10_000, 8, dtype=torch.float64).log_softmax(-1).float()
+    log_s = log_r + 1e-5 * torch.randn(10_000, 8)
+    value = score_entropy(log_s, log_r)
+    exact = score_entropy(log_s.double(), log_r.double())
+    assert float(value.min()) >= 0
+    torch.testing.assert_close(value.double(), exact, rtol=1e-3, atol=0)
+    assert bool((score_entropy(log_r, log_r) == 0).all())
+
+
+def test_the_gradient_of_score_entropy_is_the_score_less_the_ratio():
+    log_s, log_r = (2 * torch.randn(2, 500, 6, dtype=torch.float64)).unbind(0)
+    log_s[:250] = log_r[:250] + 0.05 * log_s[:250]  # half of them close by, where e^u is expanded
+    log_s.requires_grad_()
+    (gradient,) = torch.autograd.grad(score_entropy(log_s, log_r).sum(), log_s)
+    torch.testing.assert_close(gradient, log_s.detach().exp() - log_r.exp(), atol=1e-10, rtol=1e-7)
 
 
 def test_the_minimiser_of_score_entropy_is_the_true_ratio():
@@ -67,11 +88,13 @@ def test_the_minimiser_of_score_entropy_is_the_true_ratio():
 
 def test_a_ratio_of_zero_leaves_value_and_gradient_finite():
     log_s = torch.randn(4, requires_grad=True)
-    log_r = torch.tensor([0.0, -torch.inf, -torch.inf, -torch.inf])
+    log_r = torch.tensor([0.0, -torch.inf, -torch.inf, -torch.inf], requires_grad=True)
     value = score_entropy(log_s, log_r)
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(log_s.grad).all()
+    assert torch.isfinite(log_r.grad).all()
+    torch.testing.assert_close(score_entropy(torch.tensor([0.0, -torch.inf]), log_r[:2].detach()), torch.tensor(0.0))
 
 
 def test_theorem_1_is_the_ratio_of_the_gaussian_densities():
@@ -81,6 +104,31 @@ def test_theorem_1_is_the_ratio_of_the_gaussian_densities():
     marginal = Normal(0.0, 1.0).log_prob(z_t).sum(-1)
     constant = -4 / 2 * torch.log(1 - level)
     torch.testing.assert_close(theorem1_log_ratio(z_t, z_0, level) + constant, given - marginal)
+
+
+@pytest.mark.parametrize(("s", "t"), [(0.1, 0.3), (0.5, 0.9), (0.001, 1.0)])
+def test_the_log_ratio_is_bayes_theorem_over_the_forward_kernels(s, t):
+    """log q(y | z_t, z_0) = log q(z_t | y) + log q(y | z_0) - log q(z_t | z_0)."""
+    z_0, noise = torch.randn(2, 7, 4, dtype=torch.float64).unbind(0)
+    y = torch.randn(7, 5, 4, dtype=torch.float64)
+    level_s, level_t = (alpha_bar(torch.full((7,), v, dtype=torch.float64), TABLE) for v in (s, t))
+    z_t = add_noise(z_0, noise, level_t)
+
+    def kernel(x, clean, level):
+        return Normal(level.sqrt() * clean, (1 - level).sqrt()).log_prob(x).sum(-1)
+
+    at_s, at_t = level_s[:, None, None], level_t[:, None, None]
+    expected = kernel(z_t[:, None], y, at_t / at_s) + kernel(y, z_0[:, None], at_s)
+    got = log_ratio(y, z_t, z_0, level_s, level_t)
+    torch.testing.assert_close(got, expected - kernel(z_t[:, None], z_0[:, None], at_t))
+
+
+def test_the_log_ratio_is_finite_and_takes_the_nearest_candidate_where_s_is_clean():
+    z_0, z_t = torch.randn(2, 7, 4).unbind(0)
+    y = torch.randn(7, 5, 4)
+    got = log_ratio(y, z_t, z_0, torch.ones(7), torch.full((7,), 0.5))
+    assert torch.isfinite(got).all()
+    assert torch.equal(got.argmax(-1), ((y - z_0[:, None]) ** 2).sum(-1).argmin(-1))
 
 
 def test_theorem_2_normalises_energies_over_the_candidates():
@@ -173,6 +221,27 @@ def test_the_sampled_form_has_the_scale_and_direction_of_the_exact_one_near_the_
     (by_formula,) = torch.autograd.grad(exact.mean(), z0_hat)
     assert F.cosine_similarity(by_sampling.sum(0), by_formula.sum(0), dim=0) > 0.99
     assert 0.8 < float(sampled.detach().mean() / exact.detach().mean()) < 1.1
+
+
+@pytest.mark.parametrize(("latent_size", "cosine"), [(6, 0.999), (16, 0.998)])
+def test_the_sampled_gradient_points_with_the_exact_one_on_average_far_from_the_truth(latent_size, cosine):
+    """One position is noisy (0.7 at 6 dimensions, 0.4 at 16); the expectation over candidates and times is not."""
+    z_0 = torch.randn(20_000, latent_size)
+    z0_hat = (z_0 + torch.randn(latent_size)).requires_grad_()
+    t = torch.rand(20_000)
+    sampled = image_score_entropy_sampled(z_0, z0_hat, t, TABLE.float())
+    exact = image_score_entropy_exact(z_0, z0_hat, torch.ones(20_000))
+    by_sampling, by_formula = (torch.autograd.grad(loss.sum(), z0_hat)[0].sum(0) for loss in (sampled, exact))
+    assert F.cosine_similarity(by_sampling, by_formula, dim=0) > cosine
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.1, 0.9, 0.99, 1.0])
+def test_the_sampled_form_is_never_negative_and_exactly_zero_at_the_truth_in_fp32(t):
+    z_0, time = torch.randn(20_000, 6), torch.full((20_000,), t)
+    away = image_score_entropy_sampled(z_0, z_0 + 0.3 * torch.randn_like(z_0), time, TABLE.float())
+    assert float(away.min()) >= 0
+    assert bool((image_score_entropy_sampled(z_0, z_0.clone(), time, TABLE.float()) == 0).all())
+    assert bool((image_score_entropy_sampled(z_0, z_0 + 1, 0 * time, TABLE.float()) == 0).all())  # clean: no loss
 
 
 @pytest.mark.parametrize("t", [0.0, 1e-3, 0.5, 1.0])

@@ -45,11 +45,15 @@ def alpha_bar_table(
 
 
 def alpha_bar(t: Tensor, table: Tensor) -> Tensor:
-    """alpha_bar at any t in [0, 1]; log alpha_bar is linear between the table's entries: the shape of t."""
+    """alpha_bar at any t in [0, 1]; log alpha_bar is linear between the table's entries: the shape of t.
+
+    In float64 if t is, else in float32, whatever the table's type: a half-precision t * T would miss its entry.
+    """
     steps = table.shape[0] - 1
-    position = t.to(table.dtype) * steps
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    position = t.to(dtype) * steps
     below = position.floor().clamp(0, steps - 1).long()
-    log_table = table.log()
+    log_table = table.to(torch.promote_types(table.dtype, dtype)).log().to(dtype)
     return torch.lerp(log_table[below], log_table[below + 1], position - below).exp()
 
 
@@ -71,8 +75,12 @@ def noise_from(z_0: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def posterior(z_0: Tensor, z_t: Tensor, alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (..., d) and variance (..., 1) of q(z_s | z_t, z_0) for any earlier s < t; Eq. 3 has s = t - 1."""
+    """Mean (..., d) and variance (..., 1) of q(z_s | z_t, z_0) for any earlier s < t; Eq. 3 has s = t - 1.
+
+    The mean is written as sqrt(alpha_bar_s) z_0 plus what is left of the noise, so that it is z_0 where t is clean.
+    """
     s, t = alpha_bar_s.unsqueeze(-1), alpha_bar_t.unsqueeze(-1)
     step = t / s  # alpha-bar from s to t
-    mean = (s.sqrt() * (1 - step) * z_0 + step.sqrt() * (1 - s) * z_t) / (1 - t)
-    return mean, (1 - s) * (1 - step) / (1 - t)
+    left = (1 - s) / (1 - t).clamp(min=1e-7)  # share of z_t's noise variance that z_s has
+    mean = s.sqrt() * z_0 + left * step.sqrt() * (z_t - t.sqrt() * z_0)
+    return mean, left * (1 - step)

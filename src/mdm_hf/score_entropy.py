@@ -16,6 +16,7 @@ that is a function of delta alone, the weighted squared error in closed form.
 All functions return one value per position and average nothing over positions.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,22 +24,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .noise_schedule import alpha_bar as alpha_bar_at
-from .noise_schedule import noise_from, snr
+from .noise_schedule import noise_from, posterior, snr
 
 
 def normaliser(a: Tensor) -> Tensor:
-    """K(a) = a (log a - 1), with K(0) = 0: what makes Eq. 4 non-negative."""
-    return torch.special.xlogy(a, a) - a
+    """K(a) = a (log a - 1), with K(0) = 0: what makes Eq. 4 non-negative.
+
+    K'(a) = log a has no limit at 0; the gradient there is set to 0, as a ratio of zero stays zero.
+    """
+    positive = torch.where(a > 0, a, torch.ones_like(a))
+    return torch.where(a > 0, positive * (positive.log() - 1), torch.zeros_like(a))
 
 
 def score_entropy(log_score: Tensor, log_ratio: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Eq. 4: sum over y of omega (s - r log s + K(r)), from logarithms: (..., k), (..., k) -> (...).
 
     `log_ratio` may be -inf, a ratio of zero. Non-negative, and zero only where s = r.
+
+    With u = log s - log r a candidate's term is r (e^u - 1 - u), in which nothing larger than the result cancels if
+    e^u is expanded at small u; the sum as Eq. 4 writes it is off by 1e-7, of either sign, near its minimum.
     """
     score, ratio = log_score.exp(), log_ratio.exp()
-    cross = torch.where(ratio > 0, ratio * log_score, torch.zeros_like(ratio))
-    return (weight * (score - cross + normaliser(ratio))).sum(-1)
+    possible = ratio > 0
+    u = torch.where(possible, log_score, 0.0) - torch.where(possible, log_ratio, 0.0)
+    small = u.abs() < 0.1
+    near = torch.where(small, u, 0.0)
+    series = torch.ones_like(near)
+    for n in range(9, 2, -1):  # e^u - 1 - u = u^2 / 2 (1 + u / 3 (1 + u / 4 (...)))
+        series = 1 + near / n * series
+    term = torch.where(small, ratio * near**2 / 2 * series, score - ratio * (1 + u))
+    return (weight * torch.where(possible, term, score)).sum(-1)
 
 
 def theorem1_log_ratio(z_t: Tensor, z_0: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -49,6 +64,19 @@ def theorem1_log_ratio(z_t: Tensor, z_0: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     level = alpha_bar.unsqueeze(-1)
     return (0.5 * z_t**2 - 0.5 * (z_t - level.sqrt() * z_0) ** 2 / (1 - level)).sum(-1)
+
+
+def log_ratio(y: Tensor, z_t: Tensor, z_0: Tensor, alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """log q(y | z_t, z_0): Eq. 5 for candidates y at any earlier time s < t: (..., k, d), (..., d) -> (..., k).
+
+    With z0_hat in place of z_0 it is f_theta(z_t, y) of Eq. 7. Both are log-ratios up to log p(y), which is the same
+    in r and s. Normalising constants are kept; they are the same for all candidates of one s, but not between times.
+    At s = 0 the posterior is a point, and its variance is taken as 1e-7.
+    """
+    mean, variance = posterior(z_0, z_t, alpha_bar_s, alpha_bar_t)
+    variance = variance.clamp(min=1e-7)
+    distance = ((y - mean.unsqueeze(-2)) ** 2).sum(-1)
+    return -0.5 * (distance / variance + y.shape[-1] * (2 * math.pi * variance).log())
 
 
 def theorem2_log_score(energies: Tensor) -> Tensor:
@@ -125,13 +153,13 @@ def image_score_entropy_sampled(
     e = torch.randn(*z_0.shape[:-1], num_candidates, z_0.shape[-1], **like)
     a = (snr(alpha_bar_at(s, table)) - snr(alpha_bar_at(t, table))).clamp(min=1e-6).sqrt()
     energy = -0.5 * (e**2).sum(-1)
-    log_ratio = theorem2_log_score(energy)
+    log_r = theorem2_log_score(energy)
     projection = (e @ (z0_hat - z_0).unsqueeze(-1)).squeeze(-1)  # e_j . delta
-    log_score = theorem2_log_score(energy + a.unsqueeze(-1) * projection)
-    ratio = log_ratio.exp().unsqueeze(-1)
+    log_s = theorem2_log_score(energy + a.unsqueeze(-1) * projection)
+    ratio = log_r.exp().unsqueeze(-1)
     variance = (ratio * e**2).sum(-2) - (ratio * e).sum(-2) ** 2
     omega = 2 / (a**2 * z_0.shape[-1] * variance.mean().clamp(min=1e-6))
-    return torch.where(t > 0, omega * score_entropy(log_score, log_ratio), torch.zeros_like(a))
+    return torch.where(t > 0, omega * score_entropy(log_s, log_r), torch.zeros_like(a))
 
 
 def ddpm_epsilon_loss(z0_hat: Tensor, noise: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
