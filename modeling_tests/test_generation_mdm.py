@@ -178,6 +178,25 @@ def test_guidance_extrapolates_from_the_row_without_its_conditions():
 
 
 @pytest.mark.parametrize(
+    ("scales", "same_as"),
+    [({"guidance_scale": 3.0, "text_guidance_scale": 1.0}, 1.0), ({"text_guidance_scale": 3.0}, 3.0)],
+    ids=["text-unguided", "text-alone-guided"],
+)
+def test_text_has_a_guidance_of_its_own(scales, same_as):
+    model = tiny_model()
+    caption, plain = (
+        model.generate(**batch(["caption"]), generator=generators([0]), **options).latents
+        for options in (scales, {"guidance_scale": same_as})
+    )
+    torch.testing.assert_close(caption, plain, atol=1e-5, rtol=1e-5)
+    image, guided = (
+        model.generate(**batch(["text_to_image"]), generator=generators([0]), **options).latents
+        for options in (scales, {"guidance_scale": scales.get("guidance_scale", 1.0)})
+    )
+    torch.testing.assert_close(image, guided, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     "solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler, DDPMScheduler]
 )
 def test_any_variance_preserving_solver_drives_the_loop(solver):
@@ -259,6 +278,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"num_inference_steps": -3}, "`num_inference_steps` is -3"),
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
+        ({"text_guidance_scale": -1}, "`text_guidance_scale` is -1; it must be a number, 0 or more"),
         ({"modality_lag": 2}, "`modality_lag` is 2; it must lie in [-1, 1]"),
         ({"temperature": 2}, "Unknown generation option(s) ['temperature']"),
         ({"generation_mode": "audio"}, "`generation_mode` is 'audio'; it must be 'image', 'text' or None"),

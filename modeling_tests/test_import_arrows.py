@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mdm_hf"
 
-OPS = {"noise_schedule", "scan_switch", "ssd", "score_entropy"}
+OPS = {"noise_schedule", "scan_switch", "causal_conv", "ssd", "score_entropy"}
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm"}
@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "configuration_mdm": set(),
     "noise_schedule": set(),
     "scan_switch": set(),
+    "causal_conv": set(),
     "ssd": {"ssd_kernels"},
     "ssd_kernels": set(),
     "score_entropy": {"noise_schedule"},
@@ -42,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
     "modeling_mdm_vae": CONFIGURATION | OPS,
     "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae"},
     "image_processing_mdm": CONFIGURATION,
-    "processing_mdm": CONFIGURATION | {"image_processing_mdm"},
+    "token_rows": set(),
+    "processing_mdm": CONFIGURATION | {"image_processing_mdm", "token_rows"},
     "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"generation_mdm"},
 }
 ARROWS["__init__"] = set(ARROWS)

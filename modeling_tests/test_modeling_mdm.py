@@ -250,6 +250,13 @@ def test_half_precision_keeps_the_recurrence_in_fp32(tmp_path):
     assert abs(float(out.loss) - float(reference.loss)) < 0.03 * float(reference.loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_casting_the_model_leaves_the_noise_schedule_exact(dtype):
+    model = tiny_model().to(dtype).model
+    for name in ("image", "text"):
+        assert torch.equal(getattr(model, f"{name}_alpha_bar"), model.alpha_bar_of(name))
+
+
 def test_hidden_states_of_every_block_can_be_had():
     model = tiny_model()
     inputs = batch(["both"])

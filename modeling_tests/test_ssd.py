@@ -1,14 +1,16 @@
-"""Claims about the selective scan and the causal convolution (paper Eq. 10-13)."""
+"""Claims about the selective scan (paper Eq. 10-13)."""
 
 import importlib.util
 import sys
 
 import pytest
 import torch
+from gradients import assert_near, gradients, weights_like
 from torch.nn import functional as F
 
 from mdm_hf import ssd as ssd_module
-from mdm_hf.ssd import causal_conv, ssd, ssd_oracle
+from mdm_hf.causal_conv import causal_conv
+from mdm_hf.ssd import ssd, ssd_oracle
 
 
 def inputs(l, *, b=2, h=4, g=2, p=5, n=3, dtype=torch.float64, skip=True, initial=True, softplus=False, seed=0):
@@ -41,31 +43,6 @@ def oracle_of(values):
     if "dt_bias" in arguments:
         arguments["dt"] = F.softplus(arguments["dt"] + arguments.pop("dt_bias"))
     return *ssd_oracle(**arguments, return_final_states=True), leaves
-
-
-def weights_like(*tensors):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) for tensor in tensors]
-
-
-def gradients(values, outputs, weights=None):
-    """Gradients of a random weighting of `outputs`, by name; one that does not exist counts as zero."""
-    weights = weights_like(*outputs) if weights is None else weights
-    found = torch.autograd.grad(outputs, list(values.values()), weights, allow_unused=True)
-    return {
-        name: torch.zeros_like(value) if gradient is None else gradient
-        for (name, value), gradient in zip(values.items(), found, strict=True)
-    }
-
-
-def assert_near(got, expected, tolerance):
-    """Every named tensor is within `tolerance` of the expected one, relative to the latter's largest element."""
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        assert value.shape == expected[name].shape, name
-        if value.numel():
-            error = (value.double() - expected[name].double()).abs().max()
-            assert error <= tolerance * max(1.0, expected[name].abs().max()), f"{name} is off by {error:.2e}"
 
 
 def assert_equals_oracle(values, tolerance, **options):
@@ -196,12 +173,9 @@ def test_gradcheck_passes(chunk_size):
     assert torch.autograd.gradcheck(scan, tuple(values.values()))
 
 
-@pytest.mark.parametrize("op", ["ssd", "causal_conv"])
-def test_a_second_derivative_is_refused(op):
-    x = inputs(6, initial=False)
-    leaf = x["x"] if op == "ssd" else torch.randn(1, 6, 3, requires_grad=True)
-    y = ssd(**x) if op == "ssd" else causal_conv(leaf, torch.randn(3, 2))
-    (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+def test_a_second_derivative_is_refused():
+    values = inputs(6, initial=False)
+    (first,) = torch.autograd.grad(ssd(**values).square().sum(), values["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         first.sum().backward()
 
@@ -234,12 +208,10 @@ def test_half_precision_is_rounded_only_at_the_ends(dtype):
 
 def test_autocast_does_not_touch_the_arithmetic():
     values = inputs(70, dtype=torch.float32)
-    conv = {name: value.detach().float().requires_grad_() for name, value in conv_inputs(9, 3).items()}
 
     def run():
         y = ssd(**values)
-        y_conv = causal_conv(**conv)
-        return [y, y_conv, *gradients(values, (y,)).values(), *gradients(conv, (y_conv,)).values()]
+        return [y, *gradients(values, (y,)).values()]
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -263,14 +235,11 @@ def test_compiled_in_one_graph_equals_eager():
 
 
 @pytest.mark.parametrize("length", [5, 20], ids=["one-chunk", "chunks"])
-def test_the_custom_ops_pass_torchs_own_check(length):
+def test_the_custom_op_passes_torchs_own_check(length):
     values = inputs(length, dtype=torch.float32)
     tensors = [values[name] for name in ("x", "dt", "A", "B", "C", "D", "initial_states")]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ssd_module.ssd_forward, (*tensors, 8, True, True), test_utils=checks)
-    for history in (None, torch.randn(2, 2, 4)):
-        conv = (torch.randn(2, length, 4, requires_grad=True), torch.randn(4, 3), torch.randn(4), history)
-        torch.library.opcheck(ssd_module.conv_forward, conv, test_utils=checks)
 
 
 def test_a_second_copy_of_the_file_leaves_the_first_alone():
@@ -313,71 +282,3 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_one_needed(change, messag
 def test_a_chunk_size_below_one_is_refused():
     with pytest.raises(ValueError, match="`chunk_size` is 0; ssd needs at least 1"):
         ssd(**inputs(6), chunk_size=0)
-
-
-def conv_inputs(l, width, *, b=3, c=6, bias=True, history=True):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (b, l, c), "weight": (c, width)}
-    if bias:
-        shapes["bias"] = (c,)
-    if history:
-        shapes["history"] = (b, width - 1, c)
-    values = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: value.requires_grad_() for name, value in values.items()}
-
-
-def conv_oracle(x, weight, bias=None, history=None):
-    b, _, c = x.shape
-    history = x.new_zeros(b, weight.shape[1] - 1, c) if history is None else history
-    padded = torch.cat([history, x], dim=1).transpose(1, 2)
-    return F.conv1d(padded, weight.unsqueeze(1), bias, groups=c).transpose(1, 2)
-
-
-@pytest.mark.parametrize("elements", [1, 60, 1 << 17], ids=lambda e: f"tiles-of-{e}")
-@pytest.mark.parametrize("extras", ["", "bias", "history", "bias+history"])
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 3, 17], ids=lambda l: f"l{l}")
-def test_causal_conv_and_every_gradient_equal_conv1d(monkeypatch, length, width, extras, elements):
-    monkeypatch.setattr(ssd_module, "CONV_ELEMENTS_CPU", elements)
-    values = conv_inputs(length, width, bias="bias" in extras, history="history" in extras)
-    y, expected = causal_conv(**values), conv_oracle(**values)
-    assert_near({"y": y}, {"y": expected}, 1e-12)
-    assert_near(gradients(values, (y,)), gradients(values, (expected,)), 1e-12)
-
-
-def test_causal_conv_of_two_parts_with_the_tail_handed_over_equals_one_run():
-    values = conv_inputs(12, 4, history=False)
-    x = values["x"]
-    second = causal_conv(**values | {"x": x[:, 5:]}, history=x[:, 2:5])
-    joined = torch.cat([causal_conv(**values | {"x": x[:, :5]}), second], dim=1)
-    assert_near({"y": joined}, {"y": causal_conv(**values)}, 1e-12)
-    assert_near(gradients(values, (joined,)), gradients(values, (causal_conv(**values),)), 1e-12)
-
-
-def test_causal_conv_in_bf16_is_rounded_only_at_the_end():
-    values = {name: value.detach().bfloat16().requires_grad_() for name, value in conv_inputs(17, 4).items()}
-    doubles = {name: value.detach().double().requires_grad_() for name, value in values.items()}
-    y, expected = causal_conv(**values), conv_oracle(**doubles)
-    assert y.dtype == torch.bfloat16
-    ones = torch.ones_like(y)
-    assert_near({"y": y}, {"y": expected}, torch.finfo(torch.bfloat16).eps)
-    got = gradients(values, (y,), [ones])
-    assert_near(got, gradients(doubles, (expected,), [ones.double()]), torch.finfo(torch.bfloat16).eps)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": (3, 6)}, r"`x` has shape \(3, 6\); causal_conv needs \(b, l, c\)"),
-        ({"x": (3, 0, 6)}, "at least one element"),
-        ({"weight": (6, 1, 4)}, r"`weight` has shape \(6, 1, 4\).* needs \(6, w\)"),
-        ({"bias": (4,)}, r"`bias` has shape \(4,\).* need \(6,\)"),
-        ({"history": (3, 4, 6)}, r"`history` has shape \(3, 4, 6\).* need \(3, 3, 6\)"),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_causal_conv_refuses_a_shape_that_does_not_fit(change, message):
-    values = {name: value.detach() for name, value in conv_inputs(5, 4).items()}
-    values |= {name: torch.zeros(shape) for name, shape in change.items()}
-    with pytest.raises(ValueError, match=message):
-        causal_conv(**values)

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-samples", type=int, default=1)
     generate.add_argument("--steps", type=int, help="network calls (default: the model's)")
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
+    generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--seed", type=int)
     generate.add_argument(
         "--output", type=Path, default=Path("generated.png"), help="picture grid (default: %(default)s)"
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
     train.add_argument("--output-dir", type=Path, required=True)
     train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
-    train.add_argument("--max-steps", type=int, default=22_000)
+    train.add_argument("--max-steps", type=int, default=34_000)
     train.add_argument("--batch-size", type=int, default=64)
     train.add_argument("--learning-rate", type=float, default=2e-3)
     train.add_argument("--diffusion-loss", default=None, help="see MDMConfig.diffusion_loss (default: the preset's)")
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-samples", type=int, default=500, help="samples per task (default: %(default)s)")
     evaluate.add_argument("--steps", type=int, default=20)
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
+    evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser
@@ -110,6 +112,7 @@ def _generate(options) -> None:
         num_return_sequences=options.num_samples,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
+        text_guidance_scale=options.text_guidance_scale,
         seed=options.seed,
     )
     for result in results:
@@ -147,6 +150,7 @@ def _evaluate(options) -> None:
         num_samples=options.num_samples,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
+        text_guidance_scale=options.text_guidance_scale,
         seed=options.seed,
     )
     for name, value in result["scores"].items():

@@ -30,6 +30,8 @@ from .sequence_layout import SequenceLayout, check_inputs, image_of_each_row, pl
 
 logger = hf_logging.get_logger(__name__)
 
+SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale", "text_guidance_scale", "modality_lag", "use_cache")
+
 
 class MDMGenerationConfig(GenerationConfig):
     """How [`MDMForMultiModalGeneration.generate`] samples.
@@ -37,6 +39,7 @@ class MDMGenerationConfig(GenerationConfig):
     Args:
         num_inference_steps: Network calls per sample.
         guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
+        text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
         modality_lag: Where image and text are generated together, how far one runs ahead: 0 both at once, 1 the text
             is done before the image starts, -1 the reverse. The number of calls stays `num_inference_steps`.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
@@ -46,6 +49,7 @@ class MDMGenerationConfig(GenerationConfig):
         # The parent's token-by-token options do not apply and are left out.
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
         self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
+        self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
         self.modality_lag = kwargs.pop("modality_lag", 1.0)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
@@ -55,17 +59,21 @@ class MDMGenerationConfig(GenerationConfig):
         kwargs.pop("generation_config_class", None)
         if kwargs:
             raise ValueError(
-                f"Unknown generation option(s) {sorted(kwargs)}; MDM knows num_inference_steps, guidance_scale, "
-                "modality_lag and use_cache."
+                f"Unknown generation option(s) {sorted(kwargs)}; MDM knows {', '.join(SAMPLING_OPTIONS[:-1])} and "
+                f"{SAMPLING_OPTIONS[-1]}."
             )
         self.validate()
 
     def validate(self, **kwargs):
-        steps, scale, lag = self.num_inference_steps, self.guidance_scale, self.modality_lag
+        steps, lag = self.num_inference_steps, self.modality_lag
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more.")
-        if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
-            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
+        for name in ("guidance_scale", "text_guidance_scale"):
+            scale = getattr(self, name)
+            if name == "text_guidance_scale" and scale is None:
+                continue
+            if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+                raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
         if not isinstance(lag, int | float) or not -1 <= lag <= 1:
             raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
 
@@ -172,7 +180,7 @@ class MDMGenerationMixin:
             input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids: As in `forward`;
                 [`MDMProcessor`] makes them.
             generation_config: Defaults to `self.generation_config`; `options` override single fields
-                (`num_inference_steps`, `guidance_scale`, `modality_lag`, `use_cache`).
+                (`num_inference_steps`, `guidance_scale`, ...).
             generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
                 independent of the batch it is in.
             scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
@@ -198,13 +206,15 @@ class MDMGenerationMixin:
         conditions = self.model.encode(layout, input_ids, pixel_values).mean.float()
         noise = self._draw_noise(layout, conditions, generators)
 
-        guided = config.guidance_scale != 1
-        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, guided, config.use_cache)
+        scales = {"image": config.guidance_scale, "text": config.guidance_scale}
+        if config.text_guidance_scale is not None:
+            scales["text"] = config.text_guidance_scale
+        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config.use_cache)
         tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, input_ids.device)
         z = view.start
         steps = range(config.num_inference_steps)
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
-            z_0 = view.predict(z, tracks, step, config.guidance_scale)
+            z_0 = view.predict(z, tracks, step)
             for track in tracks:
                 if track.first <= step < track.last:
                     z = torch.where(track.mask.unsqueeze(-1), track.advance(step, z_0, z, generators), z)
@@ -319,8 +329,10 @@ class MDMGenerationMixin:
 class _Denoiser:
     """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
 
-    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, guided: bool, use_cache: bool):
-        self.model, self.guided, self.full_layout = model, guided, layout
+    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, use_cache: bool):
+        self.model, self.scales, self.full_layout = model, scales, layout
+        targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
+        self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
         config = model.config
         in_prefix = ~layout.in_target_group & ~layout.is_padding
         self.index = _positions(~in_prefix & ~layout.is_padding) if use_cache else _positions(~layout.is_padding)
@@ -331,7 +343,7 @@ class _Denoiser:
         self.start = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
 
         both, class_pair, latents = layout, class_ids, conditions
-        if guided:
+        if self.guided:
             role = layout.input_ids == config.assistant_token_id
             last_role = role & (role.long().flip(1).cumsum(1).flip(1) == 1)
             dropped = in_prefix & ~last_role & (layout.input_ids != config.class_token_id)
@@ -353,11 +365,11 @@ class _Denoiser:
             self.cache = model.new_condition_cache()
             model.model.denoise(_pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
             self.cache.freeze()
-        pair = self.index if not guided else tuple(torch.cat([part, part]) for part in self.index)
+        pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)
 
-    def predict(self, z: Tensor, tracks: list[_Track], step: int, guidance_scale: float) -> Tensor:
+    def predict(self, z: Tensor, tracks: list[_Track], step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
         total = model.config.num_train_timesteps
@@ -380,11 +392,11 @@ class _Denoiser:
         is_text = self.layout.is_text & self.layout.is_target
         if self.guided:
             with_conditions, without = z_0.chunk(2)
-            z_0 = without + guidance_scale * (with_conditions - without)
+            z_0 = without + self.scales["image"] * (with_conditions - without)
         if bool(is_text.any()):
             pairs = [part[is_text] for part in (with_conditions, without)] if self.guided else [z_0[is_text]]
             logits = [vae.decode_tokens(part.to(model.dtype)).float() for part in pairs]
-            mixed = logits[1] + guidance_scale * (logits[0] - logits[1]) if self.guided else logits[0]
+            mixed = logits[1] + self.scales["text"] * (logits[0] - logits[1]) if self.guided else logits[0]
             z_0 = z_0.clone()
             z_0[is_text] = vae.expected_token_latent(mixed).float()
         return z_0
@@ -417,8 +429,7 @@ def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
 
 
 def _sampling_options(config) -> dict:
-    names = ("num_inference_steps", "guidance_scale", "modality_lag", "use_cache")
-    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}
 
 
 def _as_generators(generator, batch: int) -> list:

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .causal_conv import causal_conv
 from .configuration_mdm import MDMConfig
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
@@ -37,7 +38,7 @@ from .score_entropy import (
     text_score_entropy,
 )
 from .sequence_layout import ScanPlan, SequenceLayout, build_layout, check_inputs, image_of_each_row, plan_scans
-from .ssd import causal_conv, ssd
+from .ssd import ssd
 
 
 class MDMConditionCache:
@@ -356,6 +357,15 @@ class MDMModel(MDMPreTrainedModel):
         schedule = getattr(config, f"{modality}_beta_schedule")
         with torch.device("cpu"):
             return alpha_bar_table(config.num_train_timesteps, config.beta_start, config.beta_end, schedule).float()
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves the noise schedules with the model, but never casts them: `model.bfloat16()` would round alpha_bar."""
+        tables = {name: self._buffers[name] for name in ("image_alpha_bar", "text_alpha_bar")}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            moved = self._buffers[name]
+            self._buffers[name] = moved if moved.dtype == table.dtype else table.to(moved.device)
+        return self
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.token_embedding

@@ -10,7 +10,7 @@ with <|time_image|> or <|time_text|> before the first target segment of each mod
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,25 +20,13 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .token_rows import CONTROL_TOKENS, expand_placeholders, pad_rows, target_texts
+
 
 MODALITIES = ("image", "text")
 ROLES = ("system", "user", "assistant")
 MEDIA_KEYS = ("image", "url", "path", "base64")
-IGNORED_LABEL = -100
 NO_CLASS = -1
-
-# What the rows are built with, by the names of the tokenizer's attributes.
-CONTROL_TOKENS = (
-    "pad_token",
-    "eos_token",
-    "time_image_token",
-    "time_text_token",
-    "text_start_token",
-    "text_end_token",
-    "image_token",
-    "image_target_token",
-    "text_target_token",
-)
 
 CHAT_TEMPLATE = """\
 {#- Segments of a conversation, images as one placeholder each. The parts of a last assistant message are targets;
@@ -79,20 +67,6 @@ class _Prompt:
     images: list[Any] = field(default_factory=list)
     class_id: int = NO_CLASS
     has_targets: bool = False
-
-
-@dataclass
-class _Row:
-    """One row of the batch under construction."""
-
-    input_ids: list[int] = field(default_factory=list)
-    target_mask: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-
-    def add(self, ids: list[int], is_target: bool = False, is_labelled: bool = False) -> None:
-        self.input_ids += ids
-        self.target_mask += [int(is_target)] * len(ids)
-        self.labels += ids if is_labelled else [IGNORED_LABEL] * len(ids)
 
 
 class MDMProcessor(ProcessorMixin):
@@ -147,13 +121,7 @@ class MDMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [
-            "input_ids",
-            "attention_mask",
-            "target_mask",
-            "class_ids",
-            *self.image_processor.model_input_names,
-        ]
+        return ["input_ids", "attention_mask", "target_mask", "class_ids", *self.image_processor.model_input_names]
 
     def __call__(
         self,
@@ -264,15 +232,8 @@ class MDMProcessor(ProcessorMixin):
         if not tokenize:
             rendered = self._render(prompts, modalities, chat_template, template_kwargs)
             return rendered if is_batch else rendered[0]
-        inputs = self._encode(
-            prompts,
-            modalities,
-            options["image_size"],
-            options["max_new_tokens"],
-            return_tensors,
-            chat_template,
-            template_kwargs,
-        )
+        sizes = options["image_size"], options["max_new_tokens"]
+        inputs = self._encode(prompts, modalities, *sizes, return_tensors, chat_template, template_kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def _as_messages(self, text: str | None, image: Any, class_id: int | None) -> list[dict]:
@@ -301,9 +262,8 @@ class MDMProcessor(ProcessorMixin):
         messages = messages.messages if hasattr(messages, "messages") else messages
         prompt = _Prompt()
         for message in messages:
-            role, content = (
-                (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-            )
+            fields = message if isinstance(message, dict) else {}
+            role, content = fields.get("role"), fields.get("content")
             if role not in ROLES:
                 raise ValueError(
                     f"Got the message {str(message)[:60]}; need a dict with 'content' and a 'role' among "
@@ -404,7 +364,7 @@ class MDMProcessor(ProcessorMixin):
         pictures = [image for prompt in prompts for image in prompt.images]
         pixels = self.image_processor(pictures) if pictures else {}
         known_grids = iter(np.asarray(pixels["image_grid_hw"]).tolist() if pictures else [])
-        grids: list[list[int]] = []
+        limits = canvas, self.tokenizer.model_max_length
         rows = []
         for prompt, ids in zip(prompts, token_ids, strict=True):
             if ids.count(self.image_token_id) != len(prompt.images):
@@ -412,72 +372,15 @@ class MDMProcessor(ProcessorMixin):
                     f"Got {ids.count(self.image_token_id)} {self.image_token} for {len(prompt.images)} image(s); need "
                     "one each; mend the chat template so that it renders every image part."
                 )
-            rows.append(self._expand(ids, known_grids, target_grid, canvas, grids))
+            rows.append(expand_placeholders(ids, self._ids, known_grids, target_grid, *limits, self.tokenizer.decode))
 
-        b, l = len(rows), max(len(row.input_ids) for row in rows)
-        data = {
-            "input_ids": np.full((b, l), self._ids["pad_token"], dtype=np.int64),
-            "attention_mask": np.zeros((b, l), dtype=np.int64),
-            "target_mask": np.zeros((b, l), dtype=np.int64),
-            "class_ids": np.array([prompt.class_id for prompt in prompts], dtype=np.int64),
-        }
-        if not generate:
-            data["labels"] = np.full((b, l), IGNORED_LABEL, dtype=np.int64)
-        for i, row in enumerate(rows):
-            n = len(row.input_ids)
-            data["input_ids"][i, :n] = row.input_ids
-            data["attention_mask"][i, :n] = 1
-            data["target_mask"][i, :n] = row.target_mask
-            if not generate:
-                data["labels"][i, :n] = row.labels
+        data = pad_rows(rows, self._ids["pad_token"])
+        data["class_ids"] = np.array([prompt.class_id for prompt in prompts], dtype=np.int64)
+        if generate:
+            del data["labels"]
         if pictures:
             data["pixel_values"] = pixels["pixel_values"]
-        if grids:
-            data["image_grid_hw"] = np.array(grids, dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
-
-    def _expand(
-        self,
-        ids: list[int],
-        known_grids: Iterator[list[int]],
-        target_grid: list[int],
-        canvas: int,
-        grids: list[list[int]],
-    ) -> _Row:
-        """Expands image placeholders to their patches and target texts to their canvas; appends to `grids`."""
-        token = self._ids
-        row, in_targets, i = _Row(), False, 0
-        while i < len(ids):
-            if ids[i] == token["text_start_token"]:
-                end = ids.index(token["text_end_token"], i)
-                body = ids[i + 1 : end]
-                if body == [token["text_target_token"]]:
-                    body = body * canvas
-                elif in_targets:
-                    if len(body) > canvas:
-                        raise ValueError(
-                            f"Got a target text of {len(body)} tokens, {self.tokenizer.decode(body)[:60]!r}; need at "
-                            f"most max_new_tokens = {canvas}; shorten it or raise max_new_tokens."
-                        )
-                    body = body + [token["eos_token"]] * (canvas - len(body))
-                elif len(body) > self.tokenizer.model_max_length:
-                    raise ValueError(
-                        f"Got a text of {len(body)} tokens, {self.tokenizer.decode(body)[:60]!r}; need at most the "
-                        f"tokenizer's model_max_length = {self.tokenizer.model_max_length}; shorten it."
-                    )
-                row.add([ids[i]])
-                row.add(body, is_target=in_targets, is_labelled=in_targets)
-                row.add([ids[end]])
-                i = end
-            elif ids[i] in (token["image_token"], token["image_target_token"]):
-                grid = next(known_grids) if ids[i] == token["image_token"] else target_grid
-                grids.append(grid)
-                row.add([ids[i]] * (grid[0] * grid[1]), is_target=in_targets)
-            else:
-                in_targets = in_targets or ids[i] in (token["time_image_token"], token["time_text_token"])
-                row.add([ids[i]])
-            i += 1
-        return row
 
     def _grid(self, image_size: Sequence[int] | None) -> list[int]:
         """[rows, columns] in patches of an image to generate."""
@@ -521,7 +424,7 @@ class MDMProcessor(ProcessorMixin):
         for ids, tensors in zip(rows, images, strict=True):
             texts = [
                 self.tokenizer.decode(text, skip_special_tokens=skip_special_tokens, **decode_kwargs)
-                for text in self._target_texts(ids)
+                for text in target_texts(ids, self._ids)
             ]
             results.append({"text": texts, "images": self.image_processor.postprocess(tensors)})
         if generation_mode == "both":
@@ -529,23 +432,6 @@ class MDMProcessor(ProcessorMixin):
         if generation_mode == "image":
             return [next(iter(result["images"]), None) for result in results]
         return [next(iter(result["text"]), "") for result in results]
-
-    def _target_texts(self, ids: list[int]) -> list[list[int]]:
-        """The text segments after the first time token of a row, each up to its first </s>."""
-        token = self._ids
-        headers = (token["time_image_token"], token["time_text_token"])
-        start = next((i for i, one in enumerate(ids) if one in headers), len(ids))
-        texts: list[list[int]] = []
-        is_open = False
-        for one in ids[start:]:
-            if one == token["text_start_token"]:
-                texts.append([])
-                is_open = True
-            elif one in (token["text_end_token"], token["eos_token"]):
-                is_open = False
-            elif is_open:
-                texts[-1].append(one)
-        return texts
 
 
 def _positive(name: str, value: Any) -> int:
@@ -568,10 +454,8 @@ def _columns(**conditions: Any) -> list[list]:
     """Each condition as a list of one length; what is not a list stands for every prompt."""
     columns: dict[str, list | None] = {}
     for name, value in conditions.items():
-        if isinstance(value, np.ndarray | torch.Tensor):
-            is_batch = value.ndim == (4 if name == "images" else 1)
-            value = list(value) if is_batch else value
-        columns[name] = list(value) if isinstance(value, list | tuple) else None
+        is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == (4 if name == "images" else 1)
+        columns[name] = list(value) if is_stack or isinstance(value, list | tuple) else None
     lengths = {name: len(column) for name, column in columns.items() if column is not None}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(

@@ -51,14 +51,19 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def evaluate_digits(
-    pipe, num_samples: int = 500, num_inference_steps: int = 20, guidance_scale: float | None = None, seed: int = 0
+    pipe,
+    num_samples: int = 500,
+    num_inference_steps: int = 20,
+    guidance_scale: float | None = None,
+    text_guidance_scale: float | None = None,
+    seed: int = 0,
 ) -> dict:
     """Runs the five tasks and scores them.
 
     Args:
         pipe: [`MDMPipeline`] of a model trained on the digits.
         num_samples: Samples per task.
-        guidance_scale: The model's default if None.
+        guidance_scale, text_guidance_scale: The model's defaults if None.
         seed: Of samples, captions and questions.
 
     Returns:
@@ -74,7 +79,11 @@ def evaluate_digits(
     which = np.arange(num_samples) % len(held_images)
     held = [held_images[i] for i in which]
     held_digits = np.asarray(held_labels)[which]
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "text_guidance_scale": text_guidance_scale,
+    }
     started = time.perf_counter()
 
     def sample(offset: int, **conditions) -> list[dict]:
@@ -111,8 +120,9 @@ def evaluate_digits(
         "pixel_frechet_distance_of_training_images": round(floor, 4),
         "pixel_frechet_ratio": round(distance / floor, 3),
     }
-    if guidance_scale is None and hasattr(pipe, "model"):
-        settings["guidance_scale"] = pipe.model.generation_config.guidance_scale
+    if hasattr(pipe, "model"):
+        defaults = pipe.model.generation_config
+        settings = {k: getattr(defaults, k) if v is None else v for k, v in settings.items()}
     settings |= {"num_samples": num_samples, "seed": seed}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return {

@@ -19,14 +19,14 @@ TASK_WEIGHTS = {
     "text_to_image": 1.5,
     "image_to_text": 1.0,
     "question_answering": 0.75,
-    "image_and_text": 1.5,
+    "image_and_text": 2.5,
 }
 
 
 def train_digits(
     output_dir: str | Path,
     processor: MDMProcessor,
-    max_steps: int = 22_000,
+    max_steps: int = 34_000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     warmup_steps: int = 500,
