@@ -4,15 +4,19 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
+# The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
+TRITON ?= triton==3.7.1
 
 # More threads than cores cost up to ten times the run time: set OMP_NUM_THREADS to change this.
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench
+.PHONY: help setup kernels demo test lint bench
 
 help:
 	@echo "make setup   install the package and its pinned tools into $(VENV) (a few minutes, once)"
+	@echo "make kernels add mamba-ssm's Triton kernels (Linux); without a GPU they only serve the tests"
 	@echo "make demo    generate images and captions with the shipped weights"
 	@echo "make test    ruff, mypy and the tests: what continuous integration runs"
 	@echo "make lint    mend what ruff can mend, format, check types"
@@ -31,10 +35,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
+kernels: $(KERNELS)
+
+# mamba-ssm as a pure Python wheel: its Triton kernels need no compiler, and --no-deps keeps away what they do not use.
+$(KERNELS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt einops packaging setuptools $(TRITON)
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --no-build-isolation mamba-ssm
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/mdm demo
 
 test: $(INSTALLED)
+	@$(MAKE) --no-print-directory kernels || echo "No kernel packages for this machine: their test will be skipped." >&2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

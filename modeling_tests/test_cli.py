@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
-from mdm_hf.cli import main
+from mdm_hf import MDMConfig
+from mdm_hf.cli import DIFFUSION_LOSSES, main
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,16 +39,41 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
     [
         (["generate", "--steps", "0"], "`num_inference_steps` is 0"),
         (["generate", "--class-id", "12"], "12"),
-        (["generate", "--image", "missing.png"], "missing.png"),
+        (["generate", "--image", "missing.png"], "'missing.png', which cannot be opened"),
+        (["generate", "--image", __file__], "which holds no image that Pillow can read"),
         (["evaluate", "--num-samples", "3"], "needs at least 65"),
     ],
-    ids=["steps", "class", "file", "samples"],
+    ids=["steps", "class", "file", "no-image", "samples"],
 )
 def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, capsys):
     assert main([*arguments, "--model", CARD]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("model", ["model_cards/mdm-digits", "/no/such/folder", "./none"])
+def test_a_model_folder_that_is_not_there_is_named(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--model", model]) == 2
+    assert f"Got {model}, which is no folder here" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_any_sampling(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", CARD, "--output", "out.xyz"])
+    assert "got 'out.xyz'; need a picture's name: .png" in capsys.readouterr().err
+
+
+def test_an_image_alone_is_described(tmp_path, capsys):
+    path = tmp_path / "digit.png"
+    Image.new("L", (8, 8)).save(path)
+    assert main(["generate", "--model", CARD, "--image", str(path), "--steps", "2", "--seed", "0"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+
+
+def test_the_losses_offered_are_those_of_the_configuration():
+    assert get_args(MDMConfig.__annotations__["diffusion_loss"]) == DIFFUSION_LOSSES
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "train", "evaluate"])

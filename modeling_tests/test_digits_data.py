@@ -39,7 +39,7 @@ def task_seen_in(example: dict) -> str:
     kinds = [part["type"] for part in parts(example, "assistant")]
     given = [part["type"] for part in parts(example, "user")]
     if kinds == ["image", "text"]:
-        return "image_and_text"
+        return "prompt_to_image_and_text" if given else "image_and_text"
     if kinds == ["image"]:
         return "text_to_image" if "text" in given else "class_to_image"
     return "question_answering" if "text" in given else "image_to_text"
@@ -181,6 +181,23 @@ def test_the_examples_of_a_batch_are_of_the_batches_task() -> None:
         assert {task_seen_in(data[start + i]) for i in range(20)} == {data.task_of(start)}
 
 
+def test_a_task_comes_in_where_it_starts_and_changes_nothing_before() -> None:
+    late = dataset(weights=WEIGHTS | {"image_and_text": 2.0}, task_starts={"image_and_text": 2000})
+    plain = dataset()
+    assert [as_bytes(late[i]) for i in range(0, 2000, 40)] == [as_bytes(plain[i]) for i in range(0, 2000, 40)]
+    tasks = [late.task_of(i) for i in range(2000, 4000, 20)]
+    assert 0.15 < tasks.count("image_and_text") / len(tasks) < 0.45
+
+
+def test_a_prompt_for_both_is_a_class_or_a_caption_of_the_same_digit() -> None:
+    rng = np.random.default_rng(0)
+    made = [conversation("prompt_to_image_and_text", Image.new("L", (8, 8)), 5, rng) for _ in range(200)]
+    prompts = [parts(one, "user")[0] for one in made]
+    assert 60 < sum(prompt["type"] == "class" for prompt in prompts) < 140
+    assert all(p.get("class", 5) == 5 and digit_named_in(p.get("text", "five")) == 5 for p in prompts)
+    assert [part["type"] for part in parts(made[0], "assistant")] == ["image", "text"]
+
+
 def test_a_sample_depends_on_seed_and_index_alone() -> None:
     first, again = dataset(seed=7), dataset(seed=7)
     in_order = [as_bytes(first[i]) for i in range(200)]
@@ -260,10 +277,12 @@ def test_a_dropped_condition_leaves_no_user_turn() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": {"video": 1.0}}, "Got task weights for video; choose among class_to_image"),
+        ({"weights": {"video": 1.0}}, "Got task weights or starts for video; choose among class_to_image"),
         ({"weights": {"image_to_text": 0.0}}, "one of them positive"),
         ({"weights": {"image_to_text": -1.0, "text_to_image": 2.0}}, "weights of 0 or more"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"task_starts": {"video": 1}}, "Got task weights or starts for video"),
+        ({"task_starts": dict.fromkeys(WEIGHTS, 5)}, "need a task of positive weight that starts at 0"),
     ],
 )
 def test_a_data_set_that_cannot_be_is_refused(options: dict, message: str) -> None:

@@ -40,7 +40,9 @@ class PerfectPipe:
                     said = self.answer(prompt, digit)
                 results.append({"images": [], "text": [said]})
                 continue
-            digit = class_ids[n] if class_ids else digit_named_in(prompt) if prompt else int(self.rng.integers(10))
+            digit = class_ids[n] if class_ids else None
+            if digit is None:
+                digit = digit_named_in(prompt) if prompt else int(self.rng.integers(10))
             results.append({"images": [self.draw(digit)], "text": [caption(digit, self.rng)]})
         return results
 
@@ -58,7 +60,14 @@ class BlindPipe(PerfectPipe):
         return [{"images": [self.draw(int(self.rng.integers(10)))], "text": ["a five"]} for _ in range(count)]
 
 
-TASKS = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "image_and_text_agree")
+TASKS = (
+    "class_to_image",
+    "text_to_image",
+    "image_to_text",
+    "question_answering",
+    "image_and_text_agree",
+    "prompt_to_image_and_text",
+)
 
 
 def test_a_perfect_model_scores_one_up_to_the_judge():

@@ -73,6 +73,58 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(guidance_scale):
         assert torch.equal(together.sequences[i, :length], alone.sequences[0])
 
 
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("solver", [DDPMScheduler, DPMSolverMultistepScheduler], ids=["ddpm", "sde"])
+def test_what_a_stochastic_solver_draws_for_a_row_is_the_same_alone_and_in_a_batch(solver, use_cache):
+    kind = {"algorithm_type": "sde-dpmsolver++"} if solver is DPMSolverMultistepScheduler else {}
+    options = {"scheduler": solver(prediction_type="sample", **kind), "num_inference_steps": 4, "use_cache": use_cache}
+    model = tiny_model()
+    together = model.generate(**batch(KINDS), generator=generators(range(5)), **options)
+    for i, kind in enumerate(KINDS):
+        alone = model.generate(**batch([kind]), generator=generators([i]), **options)
+        length = alone.sequences.shape[1]
+        torch.testing.assert_close(together.latents[i, :length], alone.latents[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lag", [1.0, -1.0])
+@pytest.mark.parametrize("calls", [2, 3, 5, 7])
+def test_with_a_full_lag_every_call_moves_one_modality_even_if_their_number_is_odd(calls, lag):
+    times = []
+    tiny_model().generate(
+        **batch(["both"]),
+        modality_lag=lag,
+        num_inference_steps=calls,
+        callback_on_step_end=lambda model, step, after, state: times.append(after),
+    )
+    image, text = zip([1.0, 1.0], *times, strict=True)
+    moves = [(a != b, c != d) for a, b, c, d in zip(image, image[1:], text, text[1:], strict=False)]
+    assert all(sum(move) == 1 for move in moves)
+    first = [move[1 if lag == 1 else 0] for move in moves]
+    assert first == sorted(first, reverse=True)
+
+
+def test_a_stock_scheduler_neither_clips_nor_starts_below_pure_noise():
+    model = tiny_model()
+    stock, fit = (
+        model.generate(**batch(KINDS[:2]), generator=generators([0, 1]), scheduler=s, num_inference_steps=5).latents
+        for s in (
+            DDIMScheduler(prediction_type="sample"),
+            DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing"),
+        )
+    )
+    assert torch.equal(stock, fit)
+
+
+@pytest.mark.parametrize("options", [{"trained_betas": [0.01] * 1000}, {"rescale_betas_zero_snr": True}])
+def test_a_scheduler_with_a_noise_schedule_of_its_own_takes_the_models(options):
+    model = tiny_model()
+    plain, own = (
+        model.generate(**batch(KINDS[:1]), generator=generators([0]), scheduler=s, num_inference_steps=3).latents
+        for s in (DDIMScheduler(prediction_type="sample"), DDIMScheduler(prediction_type="sample", **options))
+    )
+    assert torch.equal(plain, own)
+
+
 def test_a_seed_reproduces_a_sample_bit_for_bit_and_another_does_not():
     model = tiny_model()
     first, second, third = (model.generate(**batch(KINDS), generator=generators([s] * 5)) for s in (1, 1, 2))

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mdm_hf"
 
-OPS = {"noise_schedule", "scan_switch", "causal_conv", "ssd", "score_entropy"}
+OPS = {"noise_schedule", "scan_switch", "causal_conv", "ssd", "fused_scan", "score_entropy"}
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm"}
@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "causal_conv": set(),
     "ssd": {"ssd_kernels"},
     "ssd_kernels": set(),
+    "fused_scan": {"causal_conv", "scan_switch", "ssd_kernels"},
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
     "generation_mdm": CONFIGURATION | OPS | LAYOUT,  # called on self, so it never names the model

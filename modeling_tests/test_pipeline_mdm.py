@@ -111,18 +111,43 @@ def test_one_folder_holds_model_processor_scheduler_and_generation_config(pipe, 
     assert type(AutoConfig.from_pretrained(tmp_path)) is MDMConfig
 
 
+def test_the_scheduler_that_was_saved_comes_back(pipe, tmp_path):
+    MDMPipeline(pipe.model, pipe.processor, DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
+    assert type(MDMPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("DDIMScheduler", "NoSuchScheduler"))
+    with pytest.raises(ValueError, match="saved with the scheduler 'NoSuchScheduler', which diffusers"):
+        MDMPipeline.from_pretrained(tmp_path)
+    file.unlink()
+    assert MDMPipeline.from_pretrained(tmp_path).scheduler is None
+
+
+def test_arrays_are_batches_as_lists_are(pipe):
+    options = {"seed": 0, "num_inference_steps": 2}
+    classes = pixels(pipe(class_ids=[1, 2], generate="image", **options))
+    assert pixels(pipe(class_ids=torch.tensor([1, 2]), generate="image", **options)) == classes
+    assert pixels(pipe(class_ids=np.array([1, 2]), generate="image", **options)) == classes
+    stack = np.stack([np.asarray(digit(v))[..., None] for v in (0, 200)])
+    texts = [r["text"] for r in pipe(images=[digit(0), digit(200)], generate="text", **options)]
+    assert [r["text"] for r in pipe(images=stack, generate="text", **options)] == texts
+
+
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
         ({"text": ["a", "b"], "class_ids": [1]}, "a batch needs lists of one length"),
         ({"messages": [], "text": "a three"}, "put the conditions into the messages"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0; it must be 1 or more"),
+        ({"batch_size": -1}, "`batch_size` is -1; it must be a whole number, 1 or more"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"text": []}, "`text` is an empty list; a batch needs at least one prompt"),
+        ({"messages": []}, "`messages` is empty; give one conversation"),
         ({"class_ids": 10}, "10"),
         ({"generate": "sound"}, "sound"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
         ({"text": "a three " * 600, "generate": "image"}, "512"),
     ],
-    ids=["lengths", "messages", "returns", "class", "generate", "steps", "long-text"],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_prompts_that_cannot_work_are_refused(pipe, conditions, message):
     with pytest.raises(ValueError) as error:

@@ -171,6 +171,11 @@ def test_sizes_of_what_to_make_are_asked_for_or_saved(processor: MDMProcessor) -
             [C, A, TIME_IMAGE, *KNOWN_IMAGE, TIME_TEXT, *filled("▁a", "▁three")],
             ["▁a", "▁three", *["</s>"] * 6],
         ),
+        (
+            [user(text_part("a three")), assistant(image_part(picture()), text_part("three"))],
+            [C, U, *known_text("▁a", "▁three"), A, TIME_IMAGE, *KNOWN_IMAGE, TIME_TEXT, *filled("▁three")],
+            ["▁three", *["</s>"] * 7],
+        ),
     ],
     ids=TASKS,
 )

@@ -8,12 +8,20 @@ from pathlib import Path
 
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
+DIFFUSION_LOSSES = ("score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon")
+MODEL_HELP = "folder or Hub repository (default: %(default)s)"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        model = getattr(options, "model", None) or getattr(options, "processor", None)
+        if not Path(model).is_dir() and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
+            raise ValueError(
+                f"Got {model}, which is no folder here; give --{'model' if 'model' in options else 'processor'} a "
+                "folder or a Hub repository owner/name, or run this in the repository's root, where the default lies."
+            )
         options.run(options)
     except (ValueError, OSError) as error:  # bad input: the message says what to do, a traceback would hide it
         if options.debug:
@@ -42,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = command(
         "demo", _demo, "draw, write and read digits, and save one picture of it", "mdm demo --output demo.png"
     )
-    demo.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub repository (default: %(default)s)")
-    demo.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
+    demo.add_argument("--output", type=_picture, default="demo.png", help="picture to write (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of all samples (default: %(default)s)")
 
     generate = command(
         "generate",
@@ -52,41 +60,60 @@ def _parser() -> argparse.ArgumentParser:
         "generate images, text, or both",
         'mdm generate --text "a handwritten three" --generate image --output three.png',
     )
-    generate.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub repository (default: %(default)s)")
+    generate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     generate.add_argument("--text", help="a description, or a question about --image")
-    generate.add_argument("--image", type=Path, help="a picture to caption or ask about")
+    generate.add_argument(
+        "--image", help="a picture to caption or ask about: path or URL (mdm-digits knows light strokes on dark)"
+    )
     generate.add_argument("--class-id", type=int, help="data category, for instance the digit")
-    generate.add_argument("--generate", nargs="+", choices=("image", "text"), default=["image", "text"])
-    generate.add_argument("--num-samples", type=int, default=1)
+    generate.add_argument(
+        "--generate",
+        nargs="+",
+        choices=("image", "text"),
+        help="what to make (default: text if there is an --image, else both)",
+    )
+    generate.add_argument("--num-samples", type=int, default=1, help="samples (default: %(default)s)")
     generate.add_argument("--steps", type=int, help="network calls (default: the model's)")
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
-    generate.add_argument("--seed", type=int)
+    generate.add_argument("--seed", type=int, help="of the first sample, n + seed of sample n (default: at random)")
     generate.add_argument(
-        "--output", type=Path, default=Path("generated.png"), help="picture grid (default: %(default)s)"
+        "--output", type=_picture, default="generated.png", help="picture grid (default: %(default)s)"
     )
 
     train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
-    train.add_argument("--output-dir", type=Path, required=True)
+    train.add_argument("--output-dir", type=Path, required=True, help="gets checkpoint-*, samples/ and final/")
     train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
-    train.add_argument("--max-steps", type=int, default=34_000)
-    train.add_argument("--batch-size", type=int, default=64)
-    train.add_argument("--learning-rate", type=float, default=2e-3)
-    train.add_argument("--diffusion-loss", default=None, help="see MDMConfig.diffusion_loss (default: the preset's)")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--max-steps", type=int, default=34_000, help="optimiser steps (default: %(default)s)")
+    train.add_argument("--batch-size", type=int, default=64, help="conversations a step (default: %(default)s)")
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
+    train.add_argument("--diffusion-loss", choices=DIFFUSION_LOSSES, help="MDMConfig.diffusion_loss")
+    train.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
+    train.add_argument(
+        "--save-every", type=int, default=2_000, help="steps between checkpoints (default: %(default)s)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
     evaluate = command(
         "evaluate", _evaluate, "score a digits model on the held-out digits", "mdm evaluate --num-samples 500"
     )
-    evaluate.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub repository (default: %(default)s)")
+    evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     evaluate.add_argument("--num-samples", type=int, default=500, help="samples per task (default: %(default)s)")
-    evaluate.add_argument("--steps", type=int, default=20)
+    evaluate.add_argument("--steps", type=int, default=20, help="network calls a sample (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--seed", type=int, default=0, help="of samples and wordings (default: %(default)s)")
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser
+
+
+def _picture(name: str) -> Path:
+    """A path that a picture can be written to; its folder is made."""
+    path = Path(name)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"got {name!r}; need a picture's name: .png, .jpg or .webp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _demo(options) -> None:
@@ -98,17 +125,16 @@ def _demo(options) -> None:
 
 
 def _generate(options) -> None:
-    from PIL import Image
-
     from . import MDMPipeline
     from .evaluation.pictures import picture_grid
 
+    wanted = tuple(options.generate or (("text",) if options.image else ("image", "text")))
     pipe = MDMPipeline.from_pretrained(options.model)
     results = pipe(
         text=options.text,
-        images=None if options.image is None else Image.open(options.image),
+        images=options.image,
         class_ids=options.class_id,
-        generate=tuple(options.generate),
+        generate=wanted,
         num_return_sequences=options.num_samples,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -117,7 +143,7 @@ def _generate(options) -> None:
     )
     for result in results:
         print(*result["text"], sep="\n")
-    if "image" in options.generate:
+    if "image" in wanted:
         cells = [(image, " ".join(r["text"])) for r in results for image in r["images"]]
         picture_grid(cells, columns=min(10, len(cells))).save(options.output)
         print(f"Wrote {options.output.resolve()}.")
@@ -135,6 +161,7 @@ def _train(options) -> None:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        save_every=options.save_every,
         resume=options.resume,
         **overrides,
     )
@@ -157,6 +184,7 @@ def _evaluate(options) -> None:
         print(f"{name:45s} {value}")
     print(json.dumps(result["settings"]), f"{result['seconds']} s")
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ prefix keeps only the class token ("none") and the assistant's role; a modality 
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,9 @@ class _Track:
     """The time grid of one modality in those rows that target it alone, or together with the other one."""
 
     level: int  # 1 image, 2 text
-    mask: Tensor  # (b, m) targets that follow it
+    rows: Tensor  # (b,) bool, rows that it concerns
+    at: tuple[Tensor, Tensor]  # row and place of each of its n targets, two of (n,)
+    generators: list | None  # one a target, for solvers that draw
     first: int  # network call at which it starts
     scheduler: Any
     timesteps: Tensor  # of the solver, one per call
@@ -126,11 +129,16 @@ class _Track:
             return 0.0
         return (float(self.timesteps[calls - self.first]) + 1) / num_train_timesteps
 
-    def advance(self, calls: int, z_0: Tensor, z: Tensor, generators: list) -> Tensor:
-        """One solver step from z_t with the prediction z0-hat; stochastic solvers draw from `generators`."""
-        draws = "generator" in inspect.signature(self.scheduler.step).parameters and None not in generators
-        extra = {"generator": generators} if draws else {}
-        return self.scheduler.step(z_0, self.timesteps[calls - self.first], z, return_dict=False, **extra)[0]
+    def advance(self, calls: int, z_0: Tensor, z: Tensor) -> Tensor:
+        """One solver step from z_t with the prediction z0-hat, at the track's targets: (b, m, d).
+
+        The solver sees the targets as a batch of n, so that what a stochastic one draws for a row depends on that
+        row's targets alone.
+        """
+        extra = {} if self.generators is None else {"generator": self.generators}
+        timestep = self.timesteps[calls - self.first]
+        moved = self.scheduler.step(z_0[self.at], timestep, z[self.at], return_dict=False, **extra)[0]
+        return z.index_put(self.at, moved)
 
 
 class MDMGenerationMixin:
@@ -184,7 +192,8 @@ class MDMGenerationMixin:
             generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
                 independent of the batch it is in.
             scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
-                second-order DPM-Solver++. Its betas are replaced by each modality's own.
+                second-order DPM-Solver++. It is copied with each modality's own betas, without clipping or
+                thresholding, and with "trailing" in place of "leading" time steps.
             callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
                 network call; `decode()` gives a preview as MDMGenerateOutput. It may return {"latents": ...} to
                 replace them.
@@ -210,14 +219,14 @@ class MDMGenerationMixin:
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
         view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config.use_cache)
-        tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, input_ids.device)
+        tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, generators)
         z = view.start
         steps = range(config.num_inference_steps)
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
             z_0 = view.predict(z, tracks, step)
             for track in tracks:
                 if track.first <= step < track.last:
-                    z = torch.where(track.mask.unsqueeze(-1), track.advance(step, z_0, z, generators), z)
+                    z = track.advance(step, z_0, z)
             if callback_on_step_end is not None:
                 preview = partial(self._decode, layout, view.restore(z_0), input_ids, pixel_values)
                 times = [track.time_after(step + 1, self.config.num_train_timesteps) for track in tracks]
@@ -255,11 +264,21 @@ class MDMGenerationMixin:
                 f"`scheduler` has num_train_timesteps {given.get('num_train_timesteps')}, the model was trained with "
                 f"{config.num_train_timesteps}; make them equal."
             )
+        # What would bend the model's own noise schedule, or cut its latents to the range of pixels.
+        bent: dict[str, Any] = {
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+            "clip_sample": False,
+            "thresholding": False,
+        }
+        if given.get("timestep_spacing") == "leading":  # starts at t < 1, where the latents are no longer pure noise
+            bent["timestep_spacing"] = "trailing"
         copied = type(scheduler).from_config(
             given,
             beta_start=config.beta_start,
             beta_end=config.beta_end,
             beta_schedule=getattr(config, f"{modality}_beta_schedule"),
+            **{name: value for name, value in bent.items() if name in given},
         )
         if float(copied.init_noise_sigma) != 1:
             raise ValueError(
@@ -268,26 +287,31 @@ class MDMGenerationMixin:
             )
         return copied
 
-    def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, device) -> list[_Track]:
+    def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:
         calls, lag = config.num_inference_steps, config.modality_lag
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
         has_both = (image.any(1) & text.any(1)).unsqueeze(1)
-        joint_calls = max(1, round(calls * (1 - abs(lag) / 2)))
+        share = calls * (1 - abs(lag) / 2)
+        ahead, behind = math.ceil(share), max(1, math.floor(share))  # together all calls, without a gap
         tracks = []
         for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
             for rows, length, first in (
                 (~has_both, calls, 0),
-                (has_both, joint_calls, 0 if is_first else calls - joint_calls),
+                (has_both, *((ahead, 0) if is_first else (behind, calls - behind))),
             ):
                 if bool((mask & rows).any()):
                     solver = self._scheduler_for(scheduler, modality)
-                    solver.set_timesteps(length, device=device)
+                    solver.set_timesteps(length)  # on the CPU: no step waits for the device
                     if len(solver.timesteps) != length:
                         raise ValueError(
                             f"`scheduler` ({type(solver).__name__}) makes {len(solver.timesteps)} network calls of "
                             f"{length} steps; use a solver with one call a step."
                         )
-                    tracks.append(_Track(level, mask & rows, first, solver, solver.timesteps))
+                    at = (mask & rows).nonzero(as_tuple=True)
+                    draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
+                    of_target = [generators[row] for row in at[0].tolist()] if draws else None
+                    on_rows = (mask & rows).any(1)
+                    tracks.append(_Track(level, on_rows, at, of_target, first, solver, solver.timesteps))
         return tracks
 
     def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
@@ -337,6 +361,7 @@ class _Denoiser:
         in_prefix = ~layout.in_target_group & ~layout.is_padding
         self.index = _positions(~in_prefix & ~layout.is_padding) if use_cache else _positions(~layout.is_padding)
         self.layout = layout.select(*self.index)
+        self.text = (self.layout.is_text & self.layout.is_target).nonzero(as_tuple=True)
         self.conditions = conditions
         self.noise = _pick(noise, self.index[0])
         self.clean = _pick(conditions, self.index[0])
@@ -377,10 +402,9 @@ class _Denoiser:
         t = torch.zeros(b, 2, device=z.device)
         is_done = torch.zeros_like(self.layout.is_target)
         for track in tracks:
-            rows = track.mask.any(1)
-            t[:, track.level - 1] = torch.where(rows, track.time_after(step, total), t[:, track.level - 1])
+            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step, total), t[:, track.level - 1])
             if step >= track.last:
-                is_done = is_done | track.mask
+                is_done[track.at] = True
         if self.guided:
             z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), self.noise, z)])
             t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
@@ -389,17 +413,18 @@ class _Denoiser:
         hidden = model.model.denoise(z_pair, self.pair_layout, self.plan, t_pair, self.class_ids, self.cache)
         level = model.model.alpha_bar_at(self.pair_layout, t_pair)
         z_0 = model.predict_latents(hidden, z_pair, level)
-        is_text = self.layout.is_text & self.layout.is_target
-        if self.guided:
+        if not self.guided:
+            with_conditions = mixed = z_0
+        else:
             with_conditions, without = z_0.chunk(2)
-            z_0 = without + self.scales["image"] * (with_conditions - without)
-        if bool(is_text.any()):
-            pairs = [part[is_text] for part in (with_conditions, without)] if self.guided else [z_0[is_text]]
-            logits = [vae.decode_tokens(part.to(model.dtype)).float() for part in pairs]
-            mixed = logits[1] + self.scales["text"] * (logits[0] - logits[1]) if self.guided else logits[0]
-            z_0 = z_0.clone()
-            z_0[is_text] = vae.expected_token_latent(mixed).float()
-        return z_0
+            mixed = without + self.scales["image"] * (with_conditions - without)
+        if len(self.text[0]):
+            logits = vae.decode_tokens(with_conditions[self.text].to(model.dtype)).float()
+            if self.guided:
+                bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
+                logits = bare + self.scales["text"] * (logits - bare)
+            mixed = mixed.index_put(self.text, vae.expected_token_latent(logits).float())
+        return mixed
 
     def restore(self, z: Tensor) -> Tensor:
         """Latents of the active positions (b, m, d) back into the whole sequence (b, l, d)."""

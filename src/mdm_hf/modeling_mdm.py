@@ -12,6 +12,7 @@ Symbols
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .causal_conv import causal_conv
 from .configuration_mdm import MDMConfig
+from .fused_scan import merge_gate_norm, scan_conv
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
-from .scan_switch import scan, unscan
+from .scan_switch import scan
 from .score_entropy import (
     ddpm_epsilon_loss,
     image_score_entropy_exact,
@@ -120,20 +121,19 @@ class MDMMixer(nn.Module):
             for k, image in enumerate(images)
         ]
 
-    def project_out(self, merged: list[Tensor], gates: list[Tensor], is_image: Tensor) -> Tensor:
-        """Gate, norm, out_proj; the sum over the directions if each has its own projections: (b, l, h)."""
+    def project_out(self, scanned: Sequence[tuple[Tensor, ...]], is_image: Tensor) -> Tensor:
+        """Merge, gate, norm, out_proj; the sum over the directions if each has its own projections: (b, l, h)."""
 
-        def project(i: int, y: Tensor, z: Tensor) -> Tensor:
+        def project(i: int, y: Tensor, order: Tensor, rank: Tensor, z: Tensor) -> Tensor:
             branch = self.projections[i]
-            return branch.out_proj(branch.norm(y * F.silu(z)))
+            return branch.out_proj(merge_gate_norm(y, order, rank, z, branch.norm.weight, branch.norm.eps))
 
         if not self.is_independent:
-            return project(0, merged[0], gates[0])
+            return project(0, *scanned[0])
         n = self.num_image_projections
         num_texts = len(self.projections) - n
         by_direction = [
-            torch.where(is_image, project(k, y, z), project(n + k % num_texts, y, z))
-            for k, (y, z) in enumerate(zip(merged, gates, strict=True))
+            torch.where(is_image, project(k, *one), project(n + k % num_texts, *one)) for k, one in enumerate(scanned)
         ]
         return torch.stack(by_direction).sum(0)
 
@@ -149,29 +149,27 @@ class MDMMixer(nn.Module):
         directions = order.shape[-1]
 
         projected = self.project_in(hidden_states, plan.is_image)[:directions]
-        parts = [p.split([inner, inner, state, state, heads], dim=-1) for p in projected]
-        width = directions // len(parts)  # directions that read the same projection
-        orders, ranks = order.split(width, dim=-1), rank.split(width, dim=-1)
-
-        def read(i: int) -> Tensor:  # part i in every direction: (b, l, k, c)
-            return torch.cat([scan(p[i], o, r) for p, o, r in zip(parts, orders, ranks, strict=True)], dim=2)
-
-        x, B, C, dt = (read(i) for i in range(1, 5))
+        width = directions // len(projected)  # directions that read the same projection
+        sources = [
+            (*p.split([inner, inner + 2 * state, heads], dim=-1), o, r)
+            for p, o, r in zip(projected, order.split(width, -1), rank.split(width, -1), strict=True)
+        ]  # of each projection: z (b, l, inner), x B C (b, l, inner + 2 state), dt (b, l, heads), and its orders
         tail, ssm_state = None, None
         if cache is not None and cache.is_frozen:
             tail, ssm_state = cache.conv[layer_idx], cache.ssm[layer_idx]
-        elif cache is not None:
-            tail = torch.cat([x, B, C], dim=-1)[:, -(config.conv_kernel - 1) :]
-            tail = F.pad(tail, (0, 0, 0, 0, config.conv_kernel - 1 - tail.shape[1], 0))
+        conv_weight, conv_bias = self.conv_weight[:directions], self.conv_bias[:directions]
 
-        def convolve(value: Tensor, first: int) -> Tensor:
-            channels = slice(first, first + value.shape[-1])
-            history = tail[..., channels].flatten(2) if cache is not None and cache.is_frozen else None
-            weight = self.conv_weight[:directions, channels].flatten(0, 1)
-            bias = self.conv_bias[:directions, channels].flatten()
-            return F.silu(causal_conv(value.flatten(2), weight, bias, history)).view(value.shape)
+        def convolve(first: int, last: int) -> Tensor:  # channels of x B C, read in every direction: (b, l, k, c)
+            parts = []
+            for i, (_, xBC, _, o, r) in enumerate(sources):
+                own = slice(i * width, (i + 1) * width)
+                history = None if tail is None else tail[:, :, own, first:last]
+                weight, bias = conv_weight[own, first:last], conv_bias[own, first:last]
+                parts.append(scan_conv(xBC[..., first:last], o, r, weight, bias, history))
+            return _join(parts)
 
-        x, B, C = convolve(x, 0), convolve(B, inner), convolve(C, inner + state)
+        x, B, C = convolve(0, inner), convolve(inner, inner + state), convolve(inner + state, inner + 2 * state)
+        dt = _join([scan(dt, o, r) for _, _, dt, o, r in sources])
         dt = F.softplus(dt.float() + self.dt_bias[:directions].float()) * step_is_real.unsqueeze(-1)  # 0 at padding
         y = ssd(
             x.view(b, l, directions * heads, config.head_dim),
@@ -186,12 +184,24 @@ class MDMMixer(nn.Module):
         )
         if cache is not None and not cache.is_frozen:
             y, ssm_state = y
-            cache.append(tail, ssm_state)
+            cache.append(_join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources]), ssm_state)
         y = y.reshape(b, l, directions, inner)
         if plan.direction_weight is not None and only is None:
             y = y * plan.direction_weight.to(y.dtype)
-        merged = [unscan(part, o, r) for part, o, r in zip(y.split(width, dim=2), orders, ranks, strict=True)]
-        return self.project_out(merged, [p[0] for p in parts], plan.is_image)
+        scanned = [(part, o, r, z) for part, (z, _, _, o, r) in zip(y.split(width, dim=2), sources, strict=True)]
+        return self.project_out(scanned, plan.is_image)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Directions of several projections side by side: (b, l, k, c)."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def last_steps(x: Tensor, order: Tensor, count: int) -> Tensor:
+    """The last `count` steps of each direction, zeros before the first one: (b, l, c) -> (b, count, k, c)."""
+    tail = order[:, -count:] if count else order[:, :0]
+    rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return F.pad(x[rows, tail], (0, 0, 0, 0, count - tail.shape[1], 0))
 
 
 class MDMBlock(GradientCheckpointingLayer):

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import torch
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from transformers import Pipeline
 from transformers.utils import logging
 
 from .modeling_mdm import MDMForMultiModalGeneration
 from .processing_mdm import MDMProcessor
+
+
+logger = logging.get_logger(__name__)
 
 
 class MDMPipeline(Pipeline):
@@ -54,9 +58,7 @@ class MDMPipeline(Pipeline):
         shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         model = MDMForMultiModalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor = MDMProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
-        scheduler = DPMSolverMultistepScheduler.from_pretrained(
-            pretrained_model_name_or_path, subfolder="scheduler", **shared
-        )
+        scheduler = _load_scheduler(pretrained_model_name_or_path, **shared)
         return cls(model.eval(), processor, scheduler, device=device, batch_size=batch_size)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -117,7 +119,9 @@ class MDMPipeline(Pipeline):
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
         generate = (generate,) if isinstance(generate, str) else tuple(generate)
-        size = batch_size or self._batch_size or 32
+        size = batch_size if batch_size is not None else self._batch_size or 32
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"`batch_size` is {size!r}; it must be a whole number, 1 or more.")
         results: list[dict] = []
         starts = range(0, len(prompts), size)
         for start in logging.tqdm(starts, desc="Batches", disable=not self.progress_bar or len(starts) == 1):
@@ -145,12 +149,20 @@ class MDMPipeline(Pipeline):
                     "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the "
                     "messages as content parts, or leave `messages` out."
                 )
-            return [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        columns = {"text": text, "images": images, "class_ids": class_ids}
+            if len(messages) == 0:
+                raise ValueError("`messages` is empty; give one conversation, or a list of conversations.")
+            return [messages] if isinstance(messages[0], dict) else list(messages)
+        columns = {
+            "text": text,
+            "images": list(images) if _is_array(images, 4) else images,
+            "class_ids": class_ids.tolist() if _is_array(class_ids, 1) else class_ids,
+        }
         lengths = {name: len(value) for name, value in columns.items() if isinstance(value, list | tuple)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
         count = next(iter(lengths.values()), 1)
+        if count == 0:
+            raise ValueError(f"`{next(iter(lengths))}` is an empty list; a batch needs at least one prompt.")
         rows = {name: list(v) if isinstance(v, list | tuple) else [v] * count for name, v in columns.items()}
         return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
@@ -172,3 +184,23 @@ class MDMPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs):
         return {}, {}, {}
+
+
+def _is_array(value, dimensions: int) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor) and value.ndim == dimensions
+
+
+def _load_scheduler(path, **repository):
+    """The scheduler under `scheduler/`, of whatever class was saved; None, `generate`'s default, if there is none."""
+    try:
+        config = diffusers.DPMSolverMultistepScheduler.load_config(path, subfolder="scheduler", **repository)
+    except OSError:
+        logger.info(f"{path} has no scheduler/scheduler_config.json; using the model's default solver.")
+        return None
+    kind = config.get("_class_name")
+    if not hasattr(diffusers, kind or ""):
+        raise ValueError(
+            f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
+            "update diffusers, or mend scheduler/scheduler_config.json."
+        )
+    return getattr(diffusers, kind).from_config(config)

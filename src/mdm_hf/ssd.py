@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ssd_kernels import find_ssd_kernel
+
 
 LOG2_E = math.log2(math.e)  # powers of two throughout: exp2 is several times faster than exp on a CPU
 SMALLEST_DT = 1e-20  # stands for dt = 0 where its logarithm is taken
@@ -120,6 +122,10 @@ def ssd(
         dt = torch.nn.functional.softplus(dt)
     else:
         dt = dt.clamp(min=0)
+    kernel = find_ssd_kernel(x)
+    if kernel is not None:
+        arguments = {"D": D, "initial_states": initial_states, "return_final_states": return_final_states}
+        return kernel(x, dt, A, B, C, chunk_size or LONGEST_CHUNK, **arguments)
     if x.device.type == "cpu":
         chunk_size = min(chunk_size or LONGEST_CHUNK_CPU, LONGEST_CHUNK_CPU)
     chunks = -(-x.shape[1] // (chunk_size or LONGEST_CHUNK))

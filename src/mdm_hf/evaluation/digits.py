@@ -58,7 +58,7 @@ def evaluate_digits(
     text_guidance_scale: float | None = None,
     seed: int = 0,
 ) -> dict:
-    """Runs the five tasks and scores them.
+    """Runs the six tasks and scores them.
 
     Args:
         pipe: [`MDMPipeline`] of a model trained on the digits.
@@ -101,6 +101,11 @@ def evaluate_digits(
     joint_digits = judge([r["images"][0] for r in both])
     joint_captions = [r["text"][0] for r in both]
 
+    texts = [None if i % 2 else caption(int(d), rng) for i, d in enumerate(labels)]
+    classes = [int(d) if i % 2 else None for i, d in enumerate(labels)]
+    prompted = sample(5, text=texts, class_ids=classes, generate=("image", "text"))
+    drawn, written = judge([r["images"][0] for r in prompted]), [digit_named_in(r["text"][0]) for r in prompted]
+
     held_pixels = as_pixels(held_images)
     distance, floor = (
         frechet_distance(as_pixels(by_class), held_pixels),
@@ -114,6 +119,9 @@ def evaluate_digits(
         "question_answering": share(a == right for a, (_, right) in zip(answers, pairs, strict=True)),
         "image_and_text_agree": share(
             digit_named_in(c) == d for c, d in zip(joint_captions, joint_digits, strict=True)
+        ),
+        "prompt_to_image_and_text": share(
+            d == image and d == text for d, image, text in zip(labels, drawn, written, strict=True)
         ),
         "captions_well_formed": share(is_well_formed(c) for c in captions + joint_captions),
         "pixel_frechet_distance": round(distance, 4),

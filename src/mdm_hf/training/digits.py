@@ -15,7 +15,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 
-TASKS = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "image_and_text")
+TASKS = (
+    "class_to_image",
+    "text_to_image",
+    "image_to_text",
+    "question_answering",
+    "image_and_text",
+    "prompt_to_image_and_text",
+)
 HELD_OUT_EVERY = 6
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -172,8 +179,10 @@ def conversation(
         question, answer = question_and_answer(label, rng)
         user = [{"type": "image", "image": seen}, _text(question)]
         assistant = [_text(answer)]
-    elif task == "image_and_text":
+    elif task in ("image_and_text", "prompt_to_image_and_text"):
         user = []
+        if task == "prompt_to_image_and_text":
+            user = [class_part if rng.random() < 0.5 else _text(caption(label, rng))]
         assistant.append(_text(caption(label, rng)))
     else:
         raise ValueError(f"Got task {task!r}; choose one of {', '.join(TASKS)}.")
@@ -197,6 +206,7 @@ class DigitsTaskDataset(Dataset):
         num_samples: Length of the data set.
         batch_size: Runs of this many samples share a task, drawn by weight.
         task_weights: Task -> weight; the weights need not sum to one.
+        task_starts: Task -> the first sample that can be of it; 0 where it is not named.
         seed: With the index, determines a sample.
         augment, condition_dropout, class_probability: See [`conversation`].
     """
@@ -211,10 +221,11 @@ class DigitsTaskDataset(Dataset):
         augment: bool = True,
         condition_dropout: float = 0.1,
         class_probability: float = 0.1,
+        task_starts: dict[str, int] | None = None,
     ):
-        unknown = sorted(set(task_weights) - set(TASKS))
+        unknown = sorted((set(task_weights) | set(task_starts or {})) - set(TASKS))
         if unknown:
-            raise ValueError(f"Got task weights for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
+            raise ValueError(f"Got task weights or starts for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
         if not task_weights or min(task_weights.values()) < 0 or sum(task_weights.values()) <= 0:
             raise ValueError(f"Got task weights {task_weights}; need weights of 0 or more, one of them positive.")
         if num_samples < 0 or batch_size < 1:
@@ -223,9 +234,9 @@ class DigitsTaskDataset(Dataset):
             )
         self.images, self.labels = load_digits_split(split)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.tasks = [task for task in TASKS if task in task_weights]
-        weights = np.array([task_weights[task] for task in self.tasks], dtype=np.float64)
-        self.task_ends = np.cumsum(weights / weights.sum())
+        self.task_weights, self.task_starts = task_weights, task_starts or {}
+        if not self._tasks_at(0):
+            raise ValueError(f"Got task_starts {task_starts}; need a task of positive weight that starts at 0.")
         self.options: dict[str, Any] = {
             "augment": augment,
             "condition_dropout": condition_dropout,
@@ -237,8 +248,16 @@ class DigitsTaskDataset(Dataset):
 
     def task_of(self, index: int) -> str:
         """The task of sample `index`, the same throughout its batch."""
-        draw = np.random.default_rng((self.seed, 0, index // self.batch_size)).random()
-        return self.tasks[min(int(np.searchsorted(self.task_ends, draw, side="right")), len(self.tasks) - 1)]
+        number = index // self.batch_size
+        tasks = self._tasks_at(number * self.batch_size)
+        weights = np.array([self.task_weights[task] for task in tasks], dtype=np.float64)
+        draw = np.random.default_rng((self.seed, 0, number)).random()
+        ends = np.cumsum(weights / weights.sum())
+        return tasks[min(int(np.searchsorted(ends, draw, side="right")), len(tasks) - 1)]
+
+    def _tasks_at(self, index: int) -> list[str]:
+        """Tasks of positive weight that have started."""
+        return [t for t in TASKS if self.task_weights.get(t, 0) > 0 and index >= self.task_starts.get(t, 0)]
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.num_samples:

@@ -20,7 +20,10 @@ TASK_WEIGHTS = {
     "image_to_text": 1.0,
     "question_answering": 0.75,
     "image_and_text": 2.5,
+    "prompt_to_image_and_text": 1.5,
 }
+# When, as a share of the run, a task comes in that is not there from the start: once each modality alone is learned.
+TASK_STARTS = {"prompt_to_image_and_text": 0.475}
 
 
 def train_digits(
@@ -62,6 +65,7 @@ def train_digits(
         num_samples=max_steps * batch_size,
         batch_size=batch_size,
         task_weights=TASK_WEIGHTS,
+        task_starts={task: int(share * max_steps) * batch_size for task, share in TASK_STARTS.items()},
         seed=seed,
     )
     arguments = TrainingArguments(
@@ -99,7 +103,7 @@ def train_digits(
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path) -> Path:
     """Writes model, processor, scheduler and generation config into one folder."""
-    model.generation_config = MDMGenerationConfig(num_inference_steps=20, guidance_scale=1.15)
+    model.generation_config = MDMGenerationConfig(num_inference_steps=20, guidance_scale=1.3, text_guidance_scale=1.0)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.default_scheduler().save_pretrained(folder / "scheduler")
