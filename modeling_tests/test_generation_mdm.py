@@ -10,8 +10,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tiny import ASSISTANT, KINDS, LATENT, batch, generators, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig
+from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, generation_mdm
 
 
 def same_outputs(a, b, atol=1e-5):
@@ -123,6 +124,47 @@ def test_a_scheduler_with_a_noise_schedule_of_its_own_takes_the_models(options):
         for s in (DDIMScheduler(prediction_type="sample"), DDIMScheduler(prediction_type="sample", **options))
     )
     assert torch.equal(plain, own)
+
+
+class WaitsForTheDevice(TorchDispatchMode):
+    """Collects the operators whose result the host has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = "index" in name and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for a in args if isinstance(a, list) for i in a
+        )
+        if by_mask or name.startswith(self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_for_waits_sees_them():
+    with WaitsForTheDevice() as waits:
+        values = torch.arange(3)
+        bool(values.any())
+        values[values > 1]
+    assert waits.found == ["_local_scalar_dense", "index"]
+
+
+@pytest.mark.parametrize("lag", [1.0, 0.0])
+def test_no_network_call_waits_for_the_device(monkeypatch, lag):
+    waits = WaitsForTheDevice()
+    predict = generation_mdm._Denoiser.predict
+
+    def watched(*args):
+        with waits:
+            return predict(*args)
+
+    monkeypatch.setattr(generation_mdm._Denoiser, "predict", watched)
+    tiny_model().generate(**batch(KINDS), num_inference_steps=3, guidance_scale=2.0, modality_lag=lag)
+    assert waits.found == []
 
 
 def test_a_seed_reproduces_a_sample_bit_for_bit_and_another_does_not():

@@ -1,5 +1,6 @@
 """Claims about MDMPipeline and the Auto classes, on the shipped digits folder's processor and a tiny model."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
@@ -120,6 +122,20 @@ def test_the_scheduler_that_was_saved_comes_back(pipe, tmp_path):
         MDMPipeline.from_pretrained(tmp_path)
     file.unlink()
     assert MDMPipeline.from_pretrained(tmp_path).scheduler is None
+
+
+def test_compiled_blocks_are_compiled_once_per_shape_and_draw_the_same(pipe):
+    options = {"class_ids": [1, 2], "generate": "image", "seed": 0, "num_inference_steps": 3, "guidance_scale": 2.0}
+    eager = np.array(pixels(pipe(**options)))
+    model = copy.deepcopy(pipe.model)
+    compiled = MDMPipeline(model, pipe.processor, compile=True, device="cpu")
+    compiled.set_progress_bar_config(disable=True)
+    counters.clear()
+    assert np.abs(np.array(pixels(compiled(**options))) - eager).max() <= 1
+    assert counters["stats"]["unique_graphs"] == 2  # of the prefix and of the step, for all blocks together
+    compiled(**options)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 def test_arrays_are_batches_as_lists_are(pipe):

@@ -115,19 +115,19 @@ class _Track:
     generators: list | None  # one a target, for solvers that draw
     first: int  # network call at which it starts
     scheduler: Any
-    timesteps: Tensor  # of the solver, one per call
+    times: list[float]  # t in [0, 1] at each of its calls
 
     @property
     def last(self) -> int:
-        return self.first + len(self.timesteps)
+        return self.first + len(self.times)
 
-    def time_after(self, calls: int, num_train_timesteps: int) -> float:
+    def time_after(self, calls: int) -> float:
         """t in [0, 1] when `calls` network calls are done."""
         if calls < self.first:
             return 1.0
         if calls >= self.last:
             return 0.0
-        return (float(self.timesteps[calls - self.first]) + 1) / num_train_timesteps
+        return self.times[calls - self.first]
 
     def advance(self, calls: int, z_0: Tensor, z: Tensor) -> Tensor:
         """One solver step from z_t with the prediction z0-hat, at the track's targets: (b, m, d).
@@ -136,7 +136,7 @@ class _Track:
         row's targets alone.
         """
         extra = {} if self.generators is None else {"generator": self.generators}
-        timestep = self.timesteps[calls - self.first]
+        timestep = self.scheduler.timesteps[calls - self.first]
         moved = self.scheduler.step(z_0[self.at], timestep, z[self.at], return_dict=False, **extra)[0]
         return z.index_put(self.at, moved)
 
@@ -228,11 +228,15 @@ class MDMGenerationMixin:
                 if track.first <= step < track.last:
                     z = track.advance(step, z_0, z)
             if callback_on_step_end is not None:
-                preview = partial(self._decode, layout, view.restore(z_0), input_ids, pixel_values)
-                times = [track.time_after(step + 1, self.config.num_train_timesteps) for track in tracks]
+                preview = partial(self._preview, view, z_0, input_ids, pixel_values)
+                times = [track.time_after(step + 1) for track in tracks]
                 changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
                 z = (changed or {}).get("latents", z)
         return self._decode(layout, view.restore(z), input_ids, pixel_values)
+
+    def _preview(self, view, z_0: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> MDMGenerateOutput:
+        """What the sample would be if the prediction z0-hat were right."""
+        return self._decode(view.full_layout, view.restore(z_0), input_ids, pixel_values)
 
     def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
         base = self.generation_config if generation_config is None else generation_config
@@ -311,7 +315,8 @@ class MDMGenerationMixin:
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[row] for row in at[0].tolist()] if draws else None
                     on_rows = (mask & rows).any(1)
-                    tracks.append(_Track(level, on_rows, at, of_target, first, solver, solver.timesteps))
+                    times = ((solver.timesteps.double() + 1) / self.config.num_train_timesteps).tolist()
+                    tracks.append(_Track(level, on_rows, at, of_target, first, solver, times))
         return tracks
 
     def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
@@ -389,7 +394,6 @@ class _Denoiser:
             plan = plan_scans(config, prefix, has_image, padding_first=True)
             self.cache = model.new_condition_cache()
             model.model.denoise(_pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
-            self.cache.freeze()
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)
@@ -397,12 +401,10 @@ class _Denoiser:
     def predict(self, z: Tensor, tracks: list[_Track], step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
-        total = model.config.num_train_timesteps
-        b = len(z)
-        t = torch.zeros(b, 2, device=z.device)
+        t = torch.zeros(len(z), 2, device=z.device)
         is_done = torch.zeros_like(self.layout.is_target)
         for track in tracks:
-            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step, total), t[:, track.level - 1])
+            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step), t[:, track.level - 1])
             if step >= track.last:
                 is_done[track.at] = True
         if self.guided:

@@ -43,24 +43,18 @@ from .ssd import ssd
 
 
 class MDMConditionCache:
-    """What each block remembers of the prefix: the tail of its convolution input and its SSM state, per direction.
+    """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction.
 
-    Conditions come first in every direction and never see t, so both are the same in every denoising step. Filled by
-    one pass over the prefix; read-only after `freeze()`.
+    Conditions come first in every direction and never see t, so both are the same in every denoising step. Empty at
+    first; one pass over the prefix fills it, and every later pass starts from it and leaves it alone.
+
+    Attributes:
+        conv: (b, conv_kernel - 1, k, inner_size + 2 state_size).
+        ssm: (b, k * heads, head_dim, state_size), fp32.
     """
 
-    def __init__(self):
-        self.conv: list[Tensor] = []  # per block (b, conv_kernel - 1, k, inner_size + 2 state_size)
-        self.ssm: list[Tensor] = []  # per block (b, k * heads, head_dim, state_size), fp32
-        self.is_frozen = False
-
-    def append(self, conv: Tensor, ssm: Tensor):
-        self.conv.append(conv)
-        self.ssm.append(ssm)
-
-    def freeze(self) -> "MDMConditionCache":
-        self.is_frozen = True
-        return self
+    conv: Tensor | None = None
+    ssm: Tensor | None = None
 
 
 class MDMRMSNorm(nn.Module):
@@ -137,7 +131,7 @@ class MDMMixer(nn.Module):
         ]
         return torch.stack(by_direction).sum(0)
 
-    def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None, layer_idx=0):
+    def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
         config = self.config
         inner, state, heads = config.inner_size, config.state_size, config.num_heads
         b, l, _ = hidden_states.shape
@@ -154,9 +148,8 @@ class MDMMixer(nn.Module):
             (*p.split([inner, inner + 2 * state, heads], dim=-1), o, r)
             for p, o, r in zip(projected, order.split(width, -1), rank.split(width, -1), strict=True)
         ]  # of each projection: z (b, l, inner), x B C (b, l, inner + 2 state), dt (b, l, heads), and its orders
-        tail, ssm_state = None, None
-        if cache is not None and cache.is_frozen:
-            tail, ssm_state = cache.conv[layer_idx], cache.ssm[layer_idx]
+        tail, ssm_state = (None, None) if cache is None else (cache.conv, cache.ssm)
+        fills_cache = cache is not None and cache.ssm is None
         conv_weight, conv_bias = self.conv_weight[:directions], self.conv_bias[:directions]
 
         def convolve(first: int, last: int) -> Tensor:  # channels of x B C, read in every direction: (b, l, k, c)
@@ -180,11 +173,11 @@ class MDMMixer(nn.Module):
             chunk_size=config.chunk_size,
             D=self.D[:directions].float().flatten(),
             initial_states=ssm_state,
-            return_final_states=cache is not None and not cache.is_frozen,
+            return_final_states=fills_cache,
         )
-        if cache is not None and not cache.is_frozen:
-            y, ssm_state = y
-            cache.append(_join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources]), ssm_state)
+        if fills_cache:
+            y, cache.ssm = y
+            cache.conv = _join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources])
         y = y.reshape(b, l, directions, inner)
         if plan.direction_weight is not None and only is None:
             y = y * plan.direction_weight.to(y.dtype)
@@ -209,12 +202,11 @@ class MDMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MDMConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx = layer_idx
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = MDMMixer(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
-        mixed = self.mixer(self.norm(hidden_states), plan, cache, self.layer_idx)
+        mixed = self.mixer(self.norm(hidden_states), plan, cache)
         return (hidden_states + mixed) * plan.is_real.to(hidden_states.dtype)
 
 
@@ -426,13 +418,13 @@ class MDMModel(MDMPreTrainedModel):
         plan: ScanPlan,
         timesteps: Tensor,
         class_ids: Tensor | None = None,
-        cache: MDMConditionCache | None = None,
+        cache: list[MDMConditionCache] | None = None,
     ) -> Tensor:
-        """Runs the blocks over z_t: (b, l, hidden_size). With a cache, over the prefix (fills it) or the target group
-        (reads it)."""
+        """Runs the blocks over z_t: (b, l, hidden_size). With a cache per block, over the prefix (fills it) or
+        the target group (starts from it)."""
         hidden_states = self.embeddings(latents, layout, timesteps, class_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, plan, cache)
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, plan, None if cache is None else cache[i])
         return self.norm(hidden_states)
 
     @merge_with_config_defaults
@@ -537,9 +529,9 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
     def set_output_embeddings(self, value: nn.Linear):
         self.model.vae.token_head = value
 
-    def new_condition_cache(self) -> MDMConditionCache:
-        """An empty cache for the prefix of one batch."""
-        return MDMConditionCache()
+    def new_condition_cache(self) -> list[MDMConditionCache]:
+        """Empty caches for the prefix of one batch, one per block."""
+        return [MDMConditionCache() for _ in self.model.layers]
 
     def predict_latents(self, hidden_states: Tensor, noisy_latents: Tensor, level: Tensor) -> Tensor:
         """z0-hat = sqrt(alpha_bar) z_t + sqrt(1 - alpha_bar) F(h).

@@ -33,6 +33,8 @@ class MDMPipeline(Pipeline):
         model: The model, with its head.
         processor: Its processor.
         scheduler: A diffusers scheduler with `prediction_type="sample"`; `generate`'s default if None.
+        compile: Compile the blocks with `torch.compile`, each shape once, which takes a minute and pays where many
+            samples of one shape are drawn. A string is its mode, such as "reduce-overhead" for CUDA graphs.
         kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...
     """
 
@@ -41,25 +43,31 @@ class MDMPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, model, processor: MDMProcessor | None = None, scheduler=None, **kwargs):
+    def __init__(
+        self, model, processor: MDMProcessor | None = None, scheduler=None, compile: bool | str = False, **kwargs
+    ):
         super().__init__(model=model, processor=processor, **kwargs)
         self.scheduler = scheduler
+        if compile:
+            for layer in self.model.model.layers:
+                layer.compile(fullgraph=True, dynamic=False, mode=compile if isinstance(compile, str) else None)
         self.progress_bar = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, device=None, batch_size=None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *, device=None, batch_size=None, compile=False, **kwargs):
         """Loads model, processor and scheduler from one folder or Hub repository.
 
         Args:
             device: "cpu", "cuda:1", ...; the first accelerator by default.
             batch_size: Samples per `generate` call, 32 by default.
+            compile: See [`MDMPipeline`].
             kwargs: `revision`, `token`, `cache_dir`, ... for all parts; `dtype` and `device_map` for the model.
         """
         shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         model = MDMForMultiModalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor = MDMProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
         scheduler = _load_scheduler(pretrained_model_name_or_path, **shared)
-        return cls(model.eval(), processor, scheduler, device=device, batch_size=batch_size)
+        return cls(model.eval(), processor, scheduler, compile, device=device, batch_size=batch_size)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Writes model, processor, scheduler and generation config into one folder."""

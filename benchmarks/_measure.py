@@ -1,0 +1,93 @@
+"""What the benchmarks share: interleaved timing, peak memory in a process of its own, the machine's matrix peak."""
+
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(contenders: Mapping[str, Callable[[], object]], rounds: int = 7, least_seconds: float = 0.05) -> dict:
+    """Seconds per call of each contender: the median over rounds in which all of them take their turn.
+
+    Turns alternate, so that whatever else the machine does meets all alike. A contender is called often enough to
+    fill `least_seconds` in a round.
+    """
+    calls = {}
+    for name, call in contenders.items():
+        call()  # warm up
+        started = time.perf_counter()
+        call()
+        synchronize()
+        calls[name] = max(1, int(least_seconds / max(time.perf_counter() - started, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            synchronize()
+            seconds[name].append((time.perf_counter() - started) / calls[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matrix_peak(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of the best square matrix product: what no kernel here can beat."""
+    best = 0.0
+    for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = medians({"gemm": lambda a=a, b=b: a @ b}, rounds=5)["gemm"]
+        best = max(best, 2 * size**3 / seconds)
+    return best
+
+
+def peak_memory(work: Callable[..., Callable[[], object]], *arguments) -> float:
+    """MiB that the first call of `work(*arguments)()` needs beyond what `work(*arguments)` had set up. Linux only."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_memory, args=(send, work, arguments))
+    process.start()
+    send.close()  # so that a child that dies without an answer ends the wait
+    result = receive.recv()
+    process.join()
+    return result
+
+
+def _measure_memory(send, work, arguments) -> None:
+    torch.set_num_threads(1)
+    call = work(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        send.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak starts anew, from what is resident now
+    before = _resident("VmRSS")
+    call()
+    send.send((_resident("VmHWM") - before) / 1024)
+
+
+def _resident(field: str) -> int:
+    """KiB of this process in memory: "VmRSS" now, "VmHWM" at its peak."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def machine() -> dict:
+    """What the numbers were taken on."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo", encoding="utf-8") if platform.system() == "Linux" else open("/dev/null") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
