@@ -2,8 +2,8 @@
 
 The physics. A block of width h has, per position, 2 h (4 h + 2 n + heads) weights in its input projection and 2 h h in
 its output projection, whatever the number of scan directions if they share them; each direction adds a gather, a
-convolution and a selective scan, whose cost per position does not grow with the length. Attention adds 4 L h operations
-per position of a sequence of L. Conditions cost a step nothing: their states are computed once, before the first.
+convolution and a selective scan, whose cost per position does not grow with the length. Attention adds 4 L h
+operations per position of a sequence of L. Conditions cost a step nothing: their states are computed once before.
 
 So expect: the same step at any prompt length; time linear in the targets; four directions at less than four times the
 price of one; and a length from which the transformer of equal size is the slower one.

@@ -69,6 +69,13 @@ class MDMRMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+class MDMGatedRMSNorm(MDMRMSNorm):
+    """Puts y of all directions back in place, sums it, multiplies by silu(z) and normalises: (b, l, inner_size)."""
+
+    def forward(self, y: Tensor, order: Tensor, rank: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+        return merge_gate_norm(y, order, rank, z, self.weight, self.eps)
+
+
 class MDMProjections(nn.Module):
     """The linear input and output projections of a mixer (paper Sec. 4.2.1, items 1 and 6)."""
 
@@ -76,7 +83,7 @@ class MDMProjections(nn.Module):
         super().__init__()
         in_features = 2 * config.inner_size + 2 * config.state_size + config.num_heads
         self.in_proj = nn.Linear(config.hidden_size, in_features, bias=False)
-        self.norm = MDMRMSNorm(config.inner_size, config.rms_norm_eps)
+        self.norm = MDMGatedRMSNorm(config.inner_size, config.rms_norm_eps)
         self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
 
 
@@ -120,7 +127,7 @@ class MDMMixer(nn.Module):
 
         def project(i: int, y: Tensor, order: Tensor, rank: Tensor, z: Tensor) -> Tensor:
             branch = self.projections[i]
-            return branch.out_proj(merge_gate_norm(y, order, rank, z, branch.norm.weight, branch.norm.eps))
+            return branch.out_proj(branch.norm(y, order, rank, z))
 
         if not self.is_independent:
             return project(0, *scanned[0])
