@@ -37,3 +37,9 @@ AutoModelForMultimodalLM.register(MDMConfig, MDMForMultiModalGeneration)
 AutoModelForImageTextToText.register(MDMConfig, MDMForMultiModalGeneration)
 AutoImageProcessor.register(MDMConfig, image_processor_classes={"pil": MDMImageProcessorPil})
 AutoProcessor.register(MDMConfig, MDMProcessor)
+
+# Their code travels with whatever is saved or pushed, so that it loads where this package is not installed.
+MDMConfig.register_for_auto_class()
+MDMForMultiModalGeneration.register_for_auto_class("AutoModel")
+MDMImageProcessorPil.register_for_auto_class("AutoImageProcessor")
+MDMProcessor.register_for_auto_class("AutoProcessor")
