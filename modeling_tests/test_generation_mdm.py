@@ -1,5 +1,7 @@
 """Claims about sampling."""
 
+from unittest import mock
+
 import pytest
 import torch
 from diffusers import (
@@ -290,6 +292,29 @@ def test_text_has_a_guidance_of_its_own(scales, same_as):
     torch.testing.assert_close(image, guided, atol=1e-5, rtol=1e-5)
 
 
+def test_temperature_sharpens_the_token_predictions_of_texts_alone():
+    model = tiny_model()
+    vae = model.model.vae
+    inputs, options = batch(["caption"]), {"num_inference_steps": 1}
+    at = inputs["target_mask"] == 1
+    softened, plain = (
+        model.generate(**inputs, generator=generators([0]), **options, text_temperature=heat).latents[at]
+        for heat in (0.5, 1.0)
+    )
+    # One call leaves the text at its prediction, the mean of the codebook under softmax(logits / temperature).
+    seen = []
+    with mock.patch.object(vae, "expected_token_latent", lambda logits: seen.append(logits) or plain[: len(logits)]):
+        for heat in (0.5, 1.0):
+            model.generate(**inputs, generator=generators([0]), **options, text_temperature=heat)
+    torch.testing.assert_close(seen[0], 2 * seen[1])
+    assert (softened - plain).abs().max() > 1e-4
+    image, same = (
+        model.generate(**batch(["text_to_image"]), generator=generators([0]), text_temperature=heat).latents
+        for heat in (0.5, 1.0)
+    )
+    torch.testing.assert_close(image, same, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     "solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler, DDPMScheduler]
 )
@@ -373,6 +398,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
         ({"text_guidance_scale": -1}, "`text_guidance_scale` is -1; it must be a number, 0 or more"),
+        ({"text_temperature": 0}, r"`text_temperature` is 0; it must be a number above 0 \(1 is the model's own\)"),
         ({"modality_lag": 2}, "`modality_lag` is 2; it must lie in [-1, 1]"),
         ({"temperature": 2}, "Unknown generation option(s) ['temperature']"),
         ({"generation_mode": "audio"}, "`generation_mode` is 'audio'; it must be 'image', 'text' or None"),

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="network calls (default: the model's)")
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
+    generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
     generate.add_argument("--seed", type=int, help="of the first sample, n + seed of sample n (default: at random)")
     generate.add_argument(
         "--output", type=_picture, default="generated.png", help="picture grid (default: %(default)s)"
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, default=20, help="network calls a sample (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
+    evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
     evaluate.add_argument("--seed", type=int, default=0, help="of samples and wordings (default: %(default)s)")
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser
@@ -139,6 +141,7 @@ def _generate(options) -> None:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         text_guidance_scale=options.text_guidance_scale,
+        text_temperature=options.text_temperature,
         seed=options.seed,
     )
     for result in results:
@@ -178,6 +181,7 @@ def _evaluate(options) -> None:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         text_guidance_scale=options.text_guidance_scale,
+        text_temperature=options.text_temperature,
         seed=options.seed,
     )
     for name, value in result["scores"].items():

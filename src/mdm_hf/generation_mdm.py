@@ -31,7 +31,14 @@ from .sequence_layout import SequenceLayout, check_inputs, image_of_each_row, pl
 
 logger = hf_logging.get_logger(__name__)
 
-SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale", "text_guidance_scale", "modality_lag", "use_cache")
+SAMPLING_OPTIONS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "text_guidance_scale",
+    "text_temperature",
+    "modality_lag",
+    "use_cache",
+)
 
 
 class MDMGenerationConfig(GenerationConfig):
@@ -41,6 +48,8 @@ class MDMGenerationConfig(GenerationConfig):
         num_inference_steps: Network calls per sample.
         guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
         text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
+        text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
+            likelier tokens sooner.
         modality_lag: Where image and text are generated together, how far one runs ahead: 0 both at once, 1 the text
             is done before the image starts, -1 the reverse. The number of calls stays `num_inference_steps`.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
@@ -51,6 +60,7 @@ class MDMGenerationConfig(GenerationConfig):
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
         self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
         self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
+        self.text_temperature = kwargs.pop("text_temperature", 1.0)
         self.modality_lag = kwargs.pop("modality_lag", 1.0)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
@@ -75,6 +85,9 @@ class MDMGenerationConfig(GenerationConfig):
                 continue
             if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
                 raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
+        heat = self.text_temperature
+        if not isinstance(heat, int | float) or not 0 < heat < float("inf"):
+            raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
         if not isinstance(lag, int | float) or not -1 <= lag <= 1:
             raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
 
@@ -218,7 +231,7 @@ class MDMGenerationMixin:
         scales = {"image": config.guidance_scale, "text": config.guidance_scale}
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
-        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config.use_cache)
+        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config)
         tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, generators)
         z = view.start
         steps = range(config.num_inference_steps)
@@ -358,8 +371,9 @@ class MDMGenerationMixin:
 class _Denoiser:
     """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
 
-    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, use_cache: bool):
+    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling):
         self.model, self.scales, self.full_layout = model, scales, layout
+        self.text_temperature, use_cache = sampling.text_temperature, sampling.use_cache
         targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
         self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
         config = model.config
@@ -425,7 +439,8 @@ class _Denoiser:
             if self.guided:
                 bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
                 logits = bare + self.scales["text"] * (logits - bare)
-            mixed = mixed.index_put(self.text, vae.expected_token_latent(logits).float())
+            latent = vae.expected_token_latent(logits / self.text_temperature)
+            mixed = mixed.index_put(self.text, latent.float())
         return mixed
 
     def restore(self, z: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class MDMPipeline(Pipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         text_guidance_scale: float | None = None,
+        text_temperature: float | None = None,
         modality_lag: float | None = None,
         num_return_sequences: int = 1,
         seed: int | None = None,
@@ -105,8 +106,8 @@ class MDMPipeline(Pipeline):
                 prompt has no such condition). All absent: unconditional.
             messages: Conversations instead of the three above: one list of messages, or a list of such lists.
             generate: "image", "text", or both.
-            num_inference_steps, guidance_scale, text_guidance_scale, modality_lag: See [`MDMGenerationConfig`]; the
-                model's defaults where None.
+            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag: See
+                [`MDMGenerationConfig`]; the model's defaults where None.
             seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt.
                 None draws a seed at random.
             image_size: (height, width) in pixels of the images to generate.
@@ -142,6 +143,7 @@ class MDMPipeline(Pipeline):
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 text_guidance_scale=text_guidance_scale,
+                text_temperature=text_temperature,
                 modality_lag=modality_lag,
                 scheduler=scheduler or self.scheduler,
                 callback_on_step_end=callback_on_step_end,

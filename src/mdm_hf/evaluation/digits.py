@@ -56,6 +56,7 @@ def evaluate_digits(
     num_inference_steps: int = 20,
     guidance_scale: float | None = None,
     text_guidance_scale: float | None = None,
+    text_temperature: float | None = None,
     seed: int = 0,
 ) -> dict:
     """Runs the six tasks and scores them.
@@ -63,8 +64,8 @@ def evaluate_digits(
     Args:
         pipe: [`MDMPipeline`] of a model trained on the digits.
         num_samples: Samples per task.
-        guidance_scale, text_guidance_scale: The model's defaults if None.
-        seed: Of samples, captions and questions.
+        guidance_scale, text_guidance_scale, text_temperature: The model's defaults if None.
+        seed: Of samples, captions and questions; no two seeds share a sample.
 
     Returns:
         A dict of scores in [0, 1], two Frechet distances, and the settings with their hash.
@@ -83,11 +84,12 @@ def evaluate_digits(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "text_guidance_scale": text_guidance_scale,
+        "text_temperature": text_temperature,
     }
     started = time.perf_counter()
 
     def sample(offset: int, **conditions) -> list[dict]:
-        return pipe(**conditions, **settings, seed=seed + offset * num_samples, batch_size=100)
+        return pipe(**conditions, **settings, seed=(6 * seed + offset) * num_samples, batch_size=100)
 
     def share(values) -> float:
         return round(float(np.mean(list(values))), 4)

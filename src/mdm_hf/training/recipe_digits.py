@@ -103,7 +103,9 @@ def train_digits(
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path) -> Path:
     """Writes model, processor, scheduler and generation config into one folder."""
-    model.generation_config = MDMGenerationConfig(num_inference_steps=20, guidance_scale=1.3, text_guidance_scale=1.0)
+    model.generation_config = MDMGenerationConfig(
+        num_inference_steps=20, guidance_scale=1.15, text_guidance_scale=1.0, text_temperature=0.7
+    )
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.default_scheduler().save_pretrained(folder / "scheduler")
