@@ -398,7 +398,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
         ({"text_guidance_scale": -1}, "`text_guidance_scale` is -1; it must be a number, 0 or more"),
-        ({"text_temperature": 0}, r"`text_temperature` is 0; it must be a number above 0 \(1 is the model's own\)"),
+        ({"text_temperature": 0}, "`text_temperature` is 0; it must be a number above 0 (1 is the model's own)"),
         ({"modality_lag": 2}, "`modality_lag` is 2; it must lie in [-1, 1]"),
         ({"temperature": 2}, "Unknown generation option(s) ['temperature']"),
         ({"generation_mode": "audio"}, "`generation_mode` is 'audio'; it must be 'image', 'text' or None"),
