@@ -38,7 +38,7 @@ from mdm_hf.sequence_layout import image_of_each_row, plan_scans
 PARTS = {
     "projections": ("linear",),
     "gather and merge": ("scan", "unscan"),
-    "convolution and SiLU": ("conv_forward", "silu"),
+    "convolution and SiLU": ("conv_forward", "silu", "silu_"),
     "selective scan": ("ssd_forward",),
 }
 
@@ -159,7 +159,8 @@ def directions_table(options, device: str) -> dict:
             calls[name]()
         total = {event.key.rpartition("::")[2]: event.cpu_time_total / 1e3 for event in profile.key_averages()}
         shares[name] = {part: sum(total.get(op, 0.0) for op in ops) for part, ops in PARTS.items()}
-        shares[name]["rest"] = seconds[name] * 1e3 - sum(shares[name].values())
+        whole = sum(event.self_cpu_time_total for event in profile.key_averages()) / 1e3
+        shares[name]["rest"] = whole - sum(shares[name].values())
     return {"seconds": seconds, "ratio_4_to_1": seconds["4"] / seconds["1"], "milliseconds": shares}
 
 

@@ -7,6 +7,7 @@ On CUDA tensors both go to Triton kernels if those can be had; elsewhere they ar
 that stands below.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +34,8 @@ def scan_conv(
         return scan_conv_kernel(x, order, rank, weight, bias, history)
     read = scan(x, order, rank)
     history = None if history is None else history.flatten(2)
-    return F.silu(causal_conv(read.flatten(2), weight.flatten(0, 1), bias.flatten(), history)).view(read.shape)
+    convolved = causal_conv(read.flatten(2), weight.flatten(0, 1), bias.flatten(), history)
+    return F.silu(convolved, inplace=not torch.is_grad_enabled()).view(read.shape)
 
 
 def merge_gate_norm(y: Tensor, order: Tensor, rank: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -299,48 +299,54 @@ def forward(
     initial_states: Tensor | None,
     chunk_size: int,
     need_final_state: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, the final state if needed, and the state before each chunk (all m, h, p, n) unless there are only zeros."""
+    """y, the final state if needed, and the state before each chunk (all m, h, p, n) if kept and not only zeros."""
     b, l, h, p = x.shape
     n = B.shape[-1]
     runs = cut_into_runs(dt, A, B, C, chunk_size)
     total = sum(run.c for run in runs)
     has_states = total > 1 or initial_states is not None
-    states = dt.new_empty(b * total, h, p, n) if has_states else dt.new_empty(0)
-    state = dt.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(dt.dtype)
+    keep_states = keep_states and has_states
+    states = dt.new_empty(b * total if keep_states else 0, h, p, n)
+    state = dt.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(dt.dtype, copy=True)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for run, before in zip(runs, states.split([b * run.c if has_states else 0 for run in runs]), strict=True):
+    for run, kept in zip(runs, states.split([b * run.c if keep_states else 0 for run in runs]), strict=True):
         q, x_run, y_run, blocks = run.q, run.steps(x), run.steps(y), run.blocks()
         most = blocks[0].m.stop
         x_heads, y_heads, scaled, M_memory = (dt.new_empty(most, h, q, size) for size in (p, p, n, q))
-        is_last = run is runs[-1]
-        if not is_last or run.c > 1 or need_final_state:
-            added = dt.new_empty(b * run.c, h, p, n)  # to the state, by each chunk
+        state_is_read_later = run is not runs[-1] or run.c > 1 or need_final_state
+        if state_is_read_later:
+            added_memory = dt.new_empty(most, h, p, n)  # to the state, by each chunk
             to_end, decay = run.to_end(), run.decay()
-            for block in blocks:
-                write = run.scaled(run.B, to_end, block, out=scaled)
-                x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[: write.shape[0] // h])
-                torch.bmm(x_block.mT, write, out=added[block.m].view(-1, p, n))
-            added = added.unflatten(0, (b, run.c))
-        for c in range(run.c):
-            if has_states:
-                before.unflatten(0, (b, run.c))[:, c] = state
-            if not is_last or c + 1 < run.c or need_final_state:
-                state = torch.addcmul(added[:, c], decay[:, c], state)
-
-        from_start = run.from_start() if has_states else None
+        if has_states:
+            from_start = run.from_start()
+            before_memory = dt.new_empty(0 if keep_states else most, h, p, n)
         M_diagonal = run.M_diagonal(D)
-        for block in blocks:
-            M = M_memory[: block.m.stop - block.m.start]
-            x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[: M.shape[0]])
+        for block in blocks:  # of a row, in the order of their chunks
+            size, rows = block.m.stop - block.m.start, block.rows
+            x_block = heads_first(x_run[rows, block.chunks], out=x_heads[:size])
+            if has_states:
+                before = kept[block.m] if keep_states else before_memory[:size]
+            if state_is_read_later:
+                write = run.scaled(run.B, to_end, block, out=scaled)
+                added = added_memory[:size]
+                torch.bmm(x_block.mT, write, out=added.view(-1, p, n))
+            for i, c in enumerate(range(block.chunks.start, block.chunks.stop)):
+                if has_states:
+                    before.unflatten(0, (rows.stop - rows.start, -1))[:, i] = state[rows]
+                if state_is_read_later:
+                    state[rows].mul_(decay[rows, c]).add_(added.unflatten(0, (rows.stop - rows.start, -1))[:, i])
+
+            M = M_memory[:size]
             run.by_group(run.inside(block, out=M)).mul_(run.CB[block.m].unsqueeze(2))
             diagonal(M).copy_(M_diagonal[block.m])
-            y_block = torch.bmm(M.view(-1, q, q), x_block, out=y_heads[: M.shape[0]].view(-1, q, p))
+            y_block = torch.bmm(M.view(-1, q, q), x_block, out=y_heads[:size].view(-1, q, p))
             if has_states:
                 read = run.scaled(run.C, from_start, block, out=scaled)
-                y_block.baddbmm_(read, before[block.m].view(-1, p, n).mT)
-            steps_first(y_block, out=y_run[block.rows, block.chunks])
-    return y, state if need_final_state else None, states if has_states else None
+                y_block.baddbmm_(read, before.view(-1, p, n).mT)
+            steps_first(y_block, out=y_run[rows, block.chunks])
+    return y, state if need_final_state else None, states if keep_states else None
 
 
 def backward(
@@ -465,12 +471,8 @@ def ssd_forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        y, final_state, states = forward(x, dt, A, B, C, D, initial_states, chunk_size, need_final_state)
-    if final_state is None:
-        final_state = dt.new_empty(0)
-    if states is None or not keep_states:
-        states = dt.new_empty(0)
-    return y, final_state, states
+        y, final_state, states = forward(x, dt, A, B, C, D, initial_states, chunk_size, need_final_state, keep_states)
+    return y, dt.new_empty(0) if final_state is None else final_state, dt.new_empty(0) if states is None else states
 
 
 @ssd_forward.register_fake
