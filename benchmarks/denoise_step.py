@@ -195,7 +195,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small model, few lengths")
+    parser.add_argument("--small", action="store_true", help="two blocks, few lengths")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 64, 256, 1024])
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     options = parser.parse_args()
     if options.small:
-        options.hidden_size, options.layers, options.rounds, options.steps = 256, 2, 3, 4
+        options.layers, options.rounds, options.steps = 2, 3, 4
         options.prompts, options.sides = [0, 1024], [8, 64]
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     options = parser.parse_args()
     if options.small:
-        options.lengths, options.memory_lengths, options.rounds = [1024, 4096], [1024], 3
+        options.lengths, options.rounds = [1024, 4096], 3
     result = run(options)
     if options.plot:
         plot(result, options.plot)

@@ -369,6 +369,7 @@ def backward(
     b, l, h, p = x.shape
     n = B.shape[-1]
     A = A.to(dt.dtype)
+    d_state = None if d_state is None else d_state.to(dt.dtype, copy=True)
     runs = cut_into_runs(dt, A, B, C, chunk_size)
     dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
     dA, dD = dt.new_zeros(h), dt.new_zeros(h)
@@ -380,37 +381,39 @@ def backward(
         x_heads, dy_heads, dx_heads, scaled, M_memory, E_memory = (
             dt.new_empty(most, h, q, size) for size in (p, p, p, n, q, q)
         )
+        has_after = d_state is not None or run.c > 1
+        if has_states or has_after:
+            d_state = dt.new_zeros(b, h, p, n) if d_state is None else d_state
         if has_states:
             from_start = run.from_start()
-            d_before = dt.new_empty(b * run.c, h, p, n)  # gradient of the state before each chunk, from its outputs
-            for block in blocks:
-                read = run.scaled(run.C, from_start, block, out=scaled)
-                dy_block = heads_first(dy_run[block.rows, block.chunks], out=dy_heads[: read.shape[0] // h])
-                torch.bmm(dy_block.mT, read, out=d_before[block.m].view(-1, p, n))
-            d_before = d_before.unflatten(0, (b, run.c))
-        has_after = d_state is not None or run.c > 1
+            d_before_memory = dt.new_empty(most, h, p, n)  # of the state before each chunk, from its outputs
         if has_after:
             to_end, decay = run.to_end(), run.decay()
-            d_after = dt.new_empty(b, run.c, h, p, n)  # gradient of the state after each chunk
+            d_after_memory = dt.new_empty(most, h, p, n)  # of the state after each chunk
             d_decay = dt.new_empty(b * run.c, h)
-        for c in reversed(range(run.c)):
-            if has_after:
-                d_after[:, c] = 0 if d_state is None else d_state
-            if has_states:
-                d_state = torch.addcmul(d_before[:, c], decay[:, c], d_after[:, c]) if has_after else d_before[:, c]
-        if has_after:
-            d_after = d_after.flatten(0, 1)
 
         M_diagonal = run.M_diagonal(D)
         row_sums, column_sums, dM_diagonal = (torch.empty_like(run.a) for _ in range(3))
         d_CB = torch.empty_like(run.CB)
         dB_run, dC_run = torch.zeros_like(run.B), torch.zeros_like(run.C)
         d_to_end = torch.zeros_like(run.a)  # gradient of its logarithm
-        for block in blocks:
-            size = block.m.stop - block.m.start
+        for block in reversed(blocks):
+            size, rows = block.m.stop - block.m.start, block.rows
             M, E, CB = M_memory[:size], E_memory[:size], run.CB[block.m].unsqueeze(2)
-            x_block = heads_first(x_run[block.rows, block.chunks], out=x_heads[:size])
-            dy_block = heads_first(dy_run[block.rows, block.chunks], out=dy_heads[:size])
+            x_block = heads_first(x_run[rows, block.chunks], out=x_heads[:size])
+            dy_block = heads_first(dy_run[rows, block.chunks], out=dy_heads[:size])
+            if has_states:
+                read, d_before = run.scaled(run.C, from_start, block, out=scaled), d_before_memory[:size]
+                torch.bmm(dy_block.mT, read, out=d_before.view(-1, p, n))
+            if has_after:
+                d_after = d_after_memory[:size]
+            for i, c in reversed(list(enumerate(range(block.chunks.start, block.chunks.stop)))):
+                if has_after:
+                    d_after.unflatten(0, (rows.stop - rows.start, -1))[:, i] = d_state[rows]
+                if has_after and has_states:
+                    d_state[rows].mul_(decay[rows, c])
+                if has_states:
+                    d_state[rows].add_(d_before.unflatten(0, (rows.stop - rows.start, -1))[:, i])
             torch.bmm(dy_block, x_block.mT, out=E.view(-1, q, q))  # dM
             dM_diagonal[block.m] = diagonal(E)
             E.mul_(run.inside(block, out=M))  # dM * L
@@ -427,15 +430,15 @@ def backward(
                 torch.sum(d_read, dim=2, out=dC_run[block.m])
                 row_sums[block.m] += d_read.mul_(run.C[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
             if has_after:
-                d_added = d_after[block.m].view(-1, p, n)
+                d_added = d_after.view(-1, p, n)
                 dx_block.baddbmm_(run.scaled(run.B, to_end, block, out=scaled), d_added.mT)
                 d_write = torch.bmm(x_block, d_added, out=scaled[:size].view(-1, q, n))
                 d_write = d_write.view(size, run.g, -1, q, n).mul_(to_end[block.m])
                 torch.sum(d_write, dim=2, out=dB_run[block.m])
                 d_to_end[block.m] = d_write.mul_(run.B[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
             if has_after and has_states:
-                d_decay[block.m] = (d_after[block.m] * before[block.m]).sum((-1, -2))
-            steps_first(dx_block, out=dx_run[block.rows, block.chunks])
+                d_decay[block.m] = (d_after * before[block.m]).sum((-1, -2))
+            steps_first(dx_block, out=dx_run[rows, block.chunks])
 
         d_rate = (row_sums - column_sums).flip(-1).cumsum(-1).flip(-1)  # gradient of dt_t A
         if has_after:
