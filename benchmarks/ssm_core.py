@@ -157,6 +157,7 @@ def plot(result: dict, path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "ours" else 1.5)
         axis.set(title=kind, xlabel="sequence length", xscale="log", yscale="log")
         axis.set_xticks(sorted({row["length"] for row in rows}), [str(n) for n in sorted({r["length"] for r in rows})])
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds per position")
     axes[0].legend(fontsize=8)
