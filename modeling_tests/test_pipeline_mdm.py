@@ -138,6 +138,17 @@ def test_compiled_blocks_are_compiled_once_per_shape_and_draw_the_same(pipe):
     assert not counters["graph_break"]
 
 
+def test_any_number_of_prompt_lengths_shares_a_few_compiled_graphs(pipe):
+    compiled = MDMPipeline(copy.deepcopy(pipe.model), pipe.processor, compile=True, device="cpu")
+    compiled.set_progress_bar_config(disable=True)
+    counters.clear()
+    options = {"generate": "image", "seed": 0, "num_inference_steps": 2}
+    for words in range(1, 12):
+        text = " ".join(["three"] * words)
+        assert np.abs(np.array(pixels(compiled(text=text, **options))) - pixels(pipe(text=text, **options))).max() <= 1
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
 def test_arrays_are_batches_as_lists_are(pipe):
     options = {"seed": 0, "num_inference_steps": 2}
     classes = pixels(pipe(class_ids=[1, 2], generate="image", **options))

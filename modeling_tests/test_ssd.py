@@ -243,6 +243,26 @@ def test_the_custom_op_passes_torchs_own_check(length):
     tensors = [values[name] for name in ("x", "dt", "A", "B", "C", "D", "initial_states")]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ssd_module.ssd_forward, (*tensors, 8, True, True), test_utils=checks)
+    tensors[-1] = tensors[-1].mT.contiguous().mT.detach().requires_grad_()  # a state of other strides
+    torch.library.opcheck(ssd_module.ssd_forward, (*tensors, 8, True, True), test_utils=checks)
+    state = tensors[-1].detach()
+    y, _, states = (value.detach() for value in ssd_module.ssd_forward(*tensors, 8, True, True))
+    leaves = [value.detach() for value in tensors[:-1]]
+    torch.library.opcheck(ssd_module.ssd_backward, (y, state, *leaves, states, 8), test_utils=checks[::2])
+
+
+@pytest.mark.parametrize("forgetful", [1.0, 10.0, 100.0])
+def test_what_follows_after_much_forgetting_in_a_chunk_is_as_exact_as_ever(forgetful):
+    """The decay's running logarithm is large then, and differences of it must not lose their digits."""
+    exact = inputs(64, h=4, p=5, n=3, skip=False, initial=False)
+    with torch.no_grad():
+        exact["A"].fill_(-16)
+        exact["dt"].fill_(0.01)
+        exact["dt"][:, :40] = forgetful
+    single = {name: value.detach().float().requires_grad_() for name, value in exact.items()}
+    assert_near({"y": ssd(**single, chunk_size=64)}, {"y": ssd_oracle(**exact)}, 1e-6)
+    found, wanted = gradients(single, (ssd(**single, chunk_size=64),)), gradients(exact, (ssd_oracle(**exact),))
+    assert_near(found, wanted, 1e-4)
 
 
 def test_a_second_copy_of_the_file_leaves_the_first_alone():

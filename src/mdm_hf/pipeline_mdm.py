@@ -33,8 +33,9 @@ class MDMPipeline(Pipeline):
         model: The model, with its head.
         processor: Its processor.
         scheduler: A diffusers scheduler with `prediction_type="sample"`; `generate`'s default if None.
-        compile: Compile the blocks with `torch.compile`, each shape once, which takes a minute and pays where many
-            samples of one shape are drawn. A string is its mode, such as "reduce-overhead" for CUDA graphs.
+        compile: Compile the blocks with `torch.compile`, which takes a minute and pays where many samples are drawn. A
+            string is its mode. Modes with CUDA graphs have not been tried: the states that the blocks keep for
+            later steps are outputs of a graph that the next replay overwrites.
         kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...
     """
 
@@ -50,7 +51,7 @@ class MDMPipeline(Pipeline):
         self.scheduler = scheduler
         if compile:
             for layer in self.model.model.layers:
-                layer.compile(fullgraph=True, dynamic=False, mode=compile if isinstance(compile, str) else None)
+                layer.compile(fullgraph=True, mode=compile if isinstance(compile, str) else None)
         self.progress_bar = True
 
     @classmethod
@@ -74,6 +75,10 @@ class MDMPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
         (self.scheduler or self.model.default_scheduler()).save_pretrained(Path(save_directory) / "scheduler")
+
+    def load_adapter(self, peft_model_id: str, **kwargs):
+        """Puts a PEFT adapter, from a folder or a Hub repository, on the model; see `PreTrainedModel.load_adapter`."""
+        self.model.load_adapter(str(peft_model_id), **kwargs)
 
     def set_progress_bar_config(self, disable: bool = False):
         """Shows or hides the progress bar over the network calls."""

@@ -38,6 +38,7 @@ from .ssd_kernels import find_ssd_kernel
 
 
 LOG2_E = math.log2(math.e)  # powers of two throughout: exp2 is several times faster than exp on a CPU
+LARGEST_A = -32.0  # below this log2 of a decay over a chunk, its rounding is made good
 SMALLEST_DT = 1e-20  # stands for dt = 0 where its logarithm is taken
 LONGEST_CHUNK_CPU, LONGEST_CHUNK = 64, 128
 # Elements of an (m, h, q, q) tensor worked on at a time; on a CPU per thread, few enough to stay in its cache.
@@ -196,9 +197,15 @@ class Run:
         # A step that forgets everything is cut to one that just does, or rounding in `a` would grow without bound.
         self.least = -1100 if dt.dtype == torch.float64 else -160
         self.rate = (self.dt * (A * LOG2_E)[:, None]).clamp_(min=self.least)  # log2 of A-bar, Eq. 12: (m, h, q)
-        self.a = self.rate.cumsum(-1)  # (m, h, q)
+        exact = self.rate if self.rate.device.type == "mps" else self.rate.double()  # which has no float64
+        exact = exact.cumsum(-1)
+        self.a = exact.to(dt.dtype)  # (m, h, q)
         self.positive_dt = self.dt.clamp(min=SMALLEST_DT)
         self.u = self.positive_dt.log2().sub_(self.a)  # (m, h, q)
+        # What `a` loses to rounding, where after much decay it is large enough for that to show in a difference.
+        # Off the CPU it always is: to look would wait for the device.
+        is_needed = self.a.device.type != "cpu" or self.a[..., -1].min().item() < LARGEST_A
+        self.lost = exact.sub_(self.a).to(dt.dtype) if is_needed and dt.dtype == torch.float32 else None  # (m, h, q)
         self.CB = torch.matmul(self.C, self.B.mT)  # C_t . B_s: (m, g, q, q)
         self.CB_diagonal = diagonal(self.CB).clone()  # (m, g, q)
         self.CB.tril_(-1)
@@ -257,7 +264,13 @@ class Run:
         is zero there, masks it, once per group instead of once per head. CB masks the diagonal too: it is filled in
         apart, exactly, however large |a| is.
         """
-        torch.addcmul(self.a[block.m].unsqueeze(-1), self.u[block.m].unsqueeze(-2), self.lower, out=out)
+        a = self.a[block.m]
+        if self.lost is None:
+            torch.addcmul(a.unsqueeze(-1), self.u[block.m].unsqueeze(-2), self.lower, out=out)
+            return out.exp2_()
+        lost, log_dt = self.lost[block.m], self.positive_dt[block.m].log2()
+        torch.addcmul(a.unsqueeze(-1), a.unsqueeze(-2), self.lower, value=-1, out=out)
+        out.add_(lost.unsqueeze(-1)).addcmul_((log_dt - lost).unsqueeze(-2), self.lower)
         return out.exp2_()
 
 
@@ -309,7 +322,11 @@ def forward(
     has_states = total > 1 or initial_states is not None
     keep_states = keep_states and has_states
     states = dt.new_empty(b * total if keep_states else 0, h, p, n)
-    state = dt.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(dt.dtype, copy=True)
+    state = (
+        dt.new_zeros(b, h, p, n)
+        if initial_states is None
+        else initial_states.to(dt.dtype, copy=True, memory_format=torch.contiguous_format)
+    )
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for run, kept in zip(runs, states.split([b * run.c if keep_states else 0 for run in runs]), strict=True):
         q, x_run, y_run, blocks = run.q, run.steps(x), run.steps(y), run.blocks()
@@ -369,7 +386,8 @@ def backward(
     b, l, h, p = x.shape
     n = B.shape[-1]
     A = A.to(dt.dtype)
-    d_state = None if d_state is None else d_state.to(dt.dtype, copy=True)
+    if d_state is not None:
+        d_state = d_state.to(dt.dtype, copy=True, memory_format=torch.contiguous_format)
     runs = cut_into_runs(dt, A, B, C, chunk_size)
     dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
     dA, dD = dt.new_zeros(h), dt.new_zeros(h)

@@ -223,6 +223,17 @@ if triton is not None:
         tl.store(d_weight + tl.program_id(0) * channels + c, share, mask=is_channel)
 
 
+def on_its_device(launch: Callable) -> Callable:
+    """Launches kernels on the device of the first argument: Triton takes the current one, a custom op leaves it."""
+
+    @functools.wraps(launch)
+    def wrapped(*args, **kwargs):
+        with torch.cuda.device_of(next(iter((*args, *kwargs.values())))):
+            return launch(*args, **kwargs)
+
+    return wrapped
+
+
 BLOCK_STEPS, BLOCK_CHANNELS, BLOCK_ROWS = 32, 64, 16
 
 
@@ -237,6 +248,7 @@ def _conv_grid(steps: int, channels: int, rows: int) -> tuple[int, int, int]:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan_conv", mutates_args=())
+@on_its_device
 def scan_conv_kernel(
     x: Tensor, order: Tensor, rank: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None
 ) -> Tensor:
@@ -259,6 +271,7 @@ def _(x, order, rank, weight, bias, history):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan_conv_backward", mutates_args=())
+@on_its_device
 def scan_conv_backward(
     dy: Tensor, x: Tensor, order: Tensor, rank: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,6 +319,7 @@ def _differentiate_scan_conv(ctx, dy):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::merge_gate_norm", mutates_args=())
+@on_its_device
 def merge_gate_norm_kernel(y: Tensor, order: Tensor, rank: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm(unscan(y) * silu(z)) * weight: y (b, l, k, c), rank (b, l, k), z (b, l, c), weight (c) -> (b, l, c).
     Sums in fp32."""
@@ -325,6 +339,7 @@ def _(y, order, rank, z, weight, eps):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::merge_gate_norm_backward", mutates_args=())
+@on_its_device
 def merge_gate_norm_backward(
     d_out: Tensor, y: Tensor, rank: Tensor, z: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
