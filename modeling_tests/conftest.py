@@ -4,6 +4,7 @@ The variables are read when their libraries are first imported, so they are set 
 """
 
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # an unreachable hub costs a minute and a half of retries
@@ -15,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import torch
 
 
-# Needs Triton's interpreter, chosen when Triton is first imported: test_ssd_kernels.py gives it a process of its own.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+# Each runs in a process of its own, started by test_ssd_kernels.py and test_upstream.py: Triton's interpreter is
+# chosen when Triton is first imported, and transformers' own tests are downloaded and patch global tables.
+collect_ignore = ["interpreted"] if os.environ.get("TRITON_INTERPRET") != "1" else []
+if not any("upstream" in argument for argument in sys.argv):
+    collect_ignore.append("upstream")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))

@@ -157,6 +157,10 @@ class MDMConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.vae_config.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int):  # `resize_token_embeddings` sets it
+        self.vae_config.vocab_size = value
+
     @property
     def latent_size(self) -> int:
         return self.vae_config.latent_size

@@ -1,0 +1,135 @@
+"""MDM under transformers' own ModelTesterMixin, ConfigTester, ProcessorTesterMixin and ImageProcessingTestMixin."""
+
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tests.test_configuration_common import ConfigTester
+from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
+from tests.test_modeling_common import ModelTesterMixin
+from tests.test_processing_common import ProcessorTesterMixin
+from tiny import batch, fixed_noise, tiny_config
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, MDMModel, MDMProcessor
+
+
+CARD = Path(__file__).parents[2] / "model_cards" / "mdm-digits"
+MODEL_MAPPING_NAMES["mdm"] = "MDMModel"
+
+
+class MDMModelTester:
+    """A tiny config and inputs, by the names that the mixin asks for."""
+
+    batch_size, num_hidden_layers, hidden_size, is_training = 2, 2, 32, True
+
+    def __init__(self):
+        self.seq_length = self.prepare_config_and_inputs_for_common()[1]["input_ids"].shape[1]
+
+    def get_config(self):
+        return tiny_config(num_hidden_layers=self.num_hidden_layers, hidden_size=self.hidden_size)
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = batch(["both", "both"], is_training=True)
+        inputs = {name: value for name, value in inputs.items() if name not in ("class_ids", "labels")}
+        return self.get_config(), inputs | {"timesteps": torch.full((2, 2), 0.5), "noise": fixed_noise(inputs)}
+
+
+class MDMModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (MDMModel, MDMForMultiModalGeneration)
+    all_generative_model_classes = ()  # `generate` is a diffusion sampler, not the token-by-token one
+    has_attentions = False  # there is none
+
+    def setUp(self):
+        self.model_tester = MDMModelTester()
+        self.config_tester = ConfigTester(self, config_class=MDMConfig, has_text_modality=False)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels and model_class is MDMForMultiModalGeneration:
+            inputs["labels"] = batch(["both", "both"], is_training=True)["labels"]
+        return inputs
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+def left_out(tests: dict[str, tuple[str, ...]]) -> dict:
+    """Reason -> names of tests, as members of a test class that skip them."""
+    return {name: unittest.skip(reason)(lambda self: None) for reason, names in tests.items() for name in names}
+
+
+class MDMImageProcessingTester(ImageProcessingTester):
+    def __init__(self, parent, **kwargs):
+        super().__init__(parent, size={"height": 16, "width": 24}, patch_size=4, **kwargs)
+
+    def _get_image_processing_classes(self):
+        return {"pil": MDMImageProcessorPil}
+
+
+class MDMImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = MDMImageProcessingTester
+    locals().update(
+        left_out(
+            {
+                "arrays of another number of channels are refused, not guessed at": ("test_call_numpy_4_channels",),
+                "there is no torchvision backend: nothing here depends on torchvision": (
+                    "test_new_models_require_torchvision_backend",
+                ),
+            }
+        )
+    )
+
+
+class MDMProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = MDMProcessor
+    model_id = str(CARD)
+    locals().update(
+        left_out(
+            {
+                "the call takes conditions and what to generate; it has no free groups of keyword arguments": (
+                    "test_doubly_passed_kwargs_0_images",
+                    "test_flat_kwarg_applied_when_modality_dict_lacks_it",
+                    "test_kwargs_overrides_default_subprocessor_kwargs_0_images",
+                    "test_model_input_names",
+                    "test_overlapping_text_image_kwargs_handling_0_images",
+                    "test_replacement_offsets",
+                    "test_structured_kwargs_nested_from_dict_0_images",
+                    "test_unstructured_kwargs_0_images",
+                    "test_unstructured_kwargs_batched_0_images",
+                ),
+                "tensors, padding and image and text together are the defaults, and a call may override the canvas": (
+                    "test_call_arguments_default_none",
+                    "test_call_arguments_not_in_attributes",
+                    "test_call_arguments_not_in_processor_kwargs",
+                ),
+                "a rescale factor of -1 makes pixels outside [-1, 1], which are refused": (
+                    "test_subprocessor_defaults_preserved_by_kwargs_0_images",
+                ),
+                "text and image are conditions of one prompt: no placeholders are written into the text, and either "
+                "may be absent": (
+                    "test_if_input_has_mismatching_tokens_and_mm_data",
+                    "test_processor_text_has_no_visual",
+                    "test_processor_with_multiple_inputs",
+                    "test_subprocessor_defaults_1_images",
+                ),
+                "a conversation becomes tensors with its target mask, not ids alone; there is no mask of assistant "
+                "tokens besides": (
+                    "test_apply_chat_template_assistant_mask",
+                    "test_apply_chat_template_image_0",
+                    "test_apply_chat_template_image_1",
+                ),
+            }
+        )
+    )
+
+    @classmethod
+    def setUpClass(cls):
+        # Where the code of a custom class is, is noted in what was saved, but not in what is loaded with the package.
+        cls.enterClassContext(mock.patch.object(MDMProcessor, "_auto_class", None))
+        super().setUpClass()
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"max_new_tokens": 8, "num_classes": 10}
