@@ -65,5 +65,6 @@ bench: $(INSTALLED)
 		echo "Got no benchmarks/*.py; need at least one script that takes --small; write one first" >&2; exit 1; \
 	fi; \
 	for script in "$$@"; do \
-		echo "== $$script --small"; $(BIN)/python "$$script" --small || exit 1; \
+		plot=docs/images/small/$$(basename "$$script" .py).png; \
+		echo "== $$script --small --plot $$plot"; $(BIN)/python "$$script" --small --plot "$$plot" || exit 1; \
 	done

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+import transformers
 
 
 def synchronize() -> None:
@@ -90,4 +91,5 @@ def machine() -> dict:
         with open("/proc/cpuinfo", encoding="utf-8") if platform.system() == "Linux" else open("/dev/null") as lines:
             names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else platform.processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}

@@ -103,6 +103,7 @@ def main() -> None:
         if options.results:
             options.results.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(results, options.plot)
     print(json.dumps({r["loss"]: r["history"][-1] for r in results}))
 

@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
-from transformers.utils import is_peft_available
 
 from .configuration_mdm import MDMConfig, MDMVAEConfig
 from .generation_mdm import MDMGenerateOutput, MDMGenerationConfig
@@ -44,8 +43,3 @@ MDMConfig.register_for_auto_class()
 MDMForMultiModalGeneration.register_for_auto_class("AutoModel")
 MDMImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 MDMProcessor.register_for_auto_class("AutoProcessor")
-
-if is_peft_available():  # what LoRA adapts where a LoraConfig names no `target_modules`
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["mdm"] = ["in_proj", "out_proj"]

@@ -42,6 +42,13 @@ from .sequence_layout import ScanPlan, SequenceLayout, build_layout, check_input
 from .ssd import ssd
 
 
+try:  # what LoRA adapts where a LoraConfig names no `target_modules`; here, so that it also travels with saved code
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+except ImportError:
+    LORA_TARGETS = {}
+LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
+
+
 class MDMConditionCache:
     """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction.
 
