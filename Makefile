@@ -5,6 +5,9 @@ EXTRAS ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+# The oldest transformers that pyproject.toml admits, and an environment with it; else pinned as the other one.
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
+OLDEST_VENV ?= .venv-oldest
 # The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
 TRITON ?= triton==3.7.1
 
@@ -12,13 +15,14 @@ TRITON ?= triton==3.7.1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo test lint bench
+.PHONY: help setup kernels demo test test-oldest lint bench
 
 help:
 	@echo "make setup   install the package and its pinned tools into $(VENV) (a few minutes, once)"
 	@echo "make kernels add mamba-ssm's Triton kernels (Linux); without a GPU they only serve the tests"
 	@echo "make demo    generate images and captions with the shipped weights"
 	@echo "make test    ruff, mypy and the tests: what continuous integration runs"
+	@echo "make test-oldest  the tests once more, in an environment of their own, under the oldest transformers supported"
 	@echo "make lint    mend what ruff can mend, format, check types"
 	@echo "make bench   every benchmark at its small size, each ending in one JSON line"
 
@@ -53,6 +57,17 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --durations=10
+
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -q --durations=10
+
+# Which huggingface-hub it needs, transformers itself says.
+$(OLDEST_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	grep -vE '^(transformers|huggingface-hub)==' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	echo "transformers==$(OLDEST_TRANSFORMERS)" >> $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -c $(OLDEST_VENV)/constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -23,4 +23,4 @@ def test_transformers_own_mixins_pass():
     if "cannot fetch the source of transformers" in found.stdout + found.stderr:
         pytest.skip("pip cannot fetch transformers' source distribution here, which holds the mixins")
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
-    assert int(re.findall(r"(\d+) passed", found.stdout)[-1]) > 100, found.stdout[-2000:]
+    assert int(re.findall(r"(\d+) passed", found.stdout)[-1]) > 90, found.stdout[-2000:]

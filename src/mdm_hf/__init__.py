@@ -1,6 +1,7 @@
 """MDM: one diffusion model over one latent space that generates images, text, or both at once."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
 from .configuration_mdm import MDMConfig, MDMVAEConfig
