@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
                 "folder or a Hub repository owner/name, or run this in the repository's root, where the default lies."
             )
         options.run(options)
-    except (ValueError, OSError) as error:  # bad input: the message says what to do, a traceback would hide it
+    except (
+        ValueError,
+        OSError,
+        FloatingPointError,
+    ) as error:  # bad input: the message says what to do, a traceback would hide it
         if options.debug:
             raise
         print(f"mdm {options.command}: {error}", file=sys.stderr)

@@ -48,7 +48,7 @@ def train_digits(
     Args:
         output_dir: Gets `checkpoint-*`, `samples/step-*.png`, and the finished model in `final`.
         max_steps: Optimiser steps; the whole schedule is laid over them.
-        resume: Go on from the newest checkpoint in `output_dir`.
+        resume: Go on from the newest checkpoint in `output_dir`; from the start if there is none.
         draw: Called every `sample_every` steps with the averaged model and the path of a PNG; draws a grid of samples
             by default.
         config_overrides: Fields of [`MDMConfig`] that differ from the preset.
