@@ -99,6 +99,7 @@ def test_evaluate_writes_scores_with_their_settings(tmp_path):
         ("generate.py", ["--output", "{tmp}/generated.png"]),
         ("caption.py", []),
         ("ask.py", ["--question", "is this a seven?"]),
+        ("stream.py", ["--output", "{tmp}/steps.png"]),
         ("train.py", ["--output-dir", "{tmp}/run", "--max-steps", "3"]),
     ],
     ids=lambda v: v.removesuffix(".py") if isinstance(v, str) else "",

@@ -1,6 +1,7 @@
 """Claims about MDMPipeline and the Auto classes, on the shipped digits folder's processor and a tiny model."""
 
 import copy
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf.pipeline_mdm import TASK
 
 
 CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
@@ -124,6 +126,178 @@ def test_the_scheduler_that_was_saved_comes_back(pipe, tmp_path):
     assert MDMPipeline.from_pretrained(tmp_path).scheduler is None
 
 
+CHAT = [{"role": "user", "content": "a three"}]
+PROMPTS = ["a three", "this is an 8", "the number five"]
+DRAW = {"generate": "image", "seed": 5, "num_inference_steps": 2}
+
+
+class TorchColumn(torch.utils.data.Dataset):
+    """As transformers' KeyDataset: a length, items, and no end that iteration would see."""
+
+    def __len__(self):
+        return len(PROMPTS)
+
+    def __getitem__(self, index: int):
+        return PROMPTS[index % len(PROMPTS)]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"text": (text for text in PROMPTS)},
+        {"text": TorchColumn()},
+        {"text": ({"text": text, "images": None} for text in PROMPTS)},
+        {"text": [{"text": text} for text in PROMPTS]},
+        {"text": [[{"role": "user", "content": text}] for text in PROMPTS]},
+        {"messages": ([{"role": "user", "content": text}] for text in PROMPTS)},
+        {"text": ({"messages": [{"role": "user", "content": text}]} for text in PROMPTS)},
+        {"text": (text for text in PROMPTS), "class_ids": [None] * 3},
+    ],
+    ids=["generator", "torch-data-set", "rows", "list-of-rows", "chats", "messages", "rows-of-messages", "columns"],
+)
+def test_however_prompts_come_they_give_the_same_samples(pipe, prompts):
+    expected = pixels(pipe(text=PROMPTS, num_return_sequences=2, **DRAW))
+    results = pipe(**prompts, num_return_sequences=2, batch_size=4, **DRAW)
+    assert isinstance(results, list) == isinstance(next(iter(prompts.values())), list)
+    assert pixels(results) == expected
+
+
+def test_a_data_set_is_drawn_row_by_row(pipe):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": PROMPTS, "class_ids": [1, None, 3]})
+    expected = pixels(pipe(text=PROMPTS, class_ids=[1, None, 3], **DRAW))
+    assert pixels(pipe(rows, batch_size=2, **DRAW)) == expected
+    assert pixels(pipe(text=rows["text"], class_ids=rows["class_ids"], batch_size=2, **DRAW)) == expected
+    assert pixels(pipe(rows.to_iterable_dataset(), **DRAW)) == expected
+
+
+def test_one_conversation_may_be_given_as_other_pipelines_take_it(pipe):
+    assert pixels(pipe(CHAT, **DRAW)) == pixels(pipe(messages=CHAT, **DRAW)) == pixels(pipe("a three", **DRAW))
+
+
+def test_a_generator_is_read_a_batch_at_a_time_and_may_be_endless(pipe):
+    read = []
+
+    def endless():
+        while True:
+            read.append(PROMPTS[len(read) % 3])
+            yield read[-1]
+
+    results = pipe(endless(), batch_size=2, **DRAW)
+    assert read == []
+    first = [next(results) for _ in range(3)]
+    assert len(read) == 4
+    assert pixels(first) == pixels(pipe(text=PROMPTS, **DRAW))
+
+
+def test_conditions_that_end_before_others_are_refused(pipe):
+    with pytest.raises(ValueError, match="`class_ids` ended before the other conditions; need as many"):
+        list(pipe((text for text in PROMPTS), class_ids=iter([1, 2]), **DRAW))
+    with pytest.raises(ValueError, match="lists of different lengths"):
+        pipe(TorchColumn(), class_ids=[1, 2], **DRAW)
+
+
+@pytest.mark.parametrize("lag", [0.0, 1.0, -1.0])
+def test_a_stream_shows_every_step_and_ends_with_the_result(pipe, lag):
+    options = {"num_inference_steps": 4, "modality_lag": lag, "seed": 3}
+    looks = list(pipe.stream(text=["a three", None], num_return_sequences=2, **options))
+    results = pipe(text=["a three", None], num_return_sequences=2, **options)
+    assert len(looks) == 4
+    assert pixels(looks[-1]) == pixels(results)
+    assert [r["text"] for r in looks[-1]] == [r["text"] for r in results]
+    assert all(len(look) == 4 and set(look[0]) == {"text", "images"} for look in looks)
+    assert pixels(looks[0]) != pixels(looks[-1])
+
+
+def test_a_stream_that_is_left_stops_the_network_and_its_errors_are_raised(pipe, monkeypatch):
+    calls = []
+    predict = type(pipe.model).predict_latents
+
+    def counted(self, *arguments):
+        calls.append(len(calls))
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(type(pipe.model), "predict_latents", counted)
+    threads = threading.active_count()
+    looks = pipe.stream("a three", generate="image", num_inference_steps=9)
+    next(looks)
+    next(looks)
+    looks.close()
+    assert (len(calls), threading.active_count()) == (2, threads)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(pipe.stream("a three", generate="image", num_inference_steps=9))
+    assert threading.active_count() == threads
+
+
+def test_a_stream_of_prompts_read_one_by_one_is_refused(pipe):
+    with pytest.raises(ValueError, match="a stream draws all of them at once; make a list of them"):
+        pipe.stream(text in PROMPTS for text in PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    MDMPipeline(pipe.model, pipe.processor, DDIMScheduler(prediction_type="sample")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("task", "trust"), [(TASK, None), (TASK, False), (TASK, True), (None, None), (None, True)])
+def test_transformers_pipeline_gives_ours_without_trusting_code_in_the_folder(pipe, folder, task, trust):
+    loaded = pipeline(task, model=folder, trust_remote_code=trust, device="cpu", generate="image", batch_size=2)
+    assert (type(loaded), loaded.task, type(loaded.scheduler)) == (MDMPipeline, TASK, DDIMScheduler)
+    options = {"class_ids": [1, 2, None], "seed": 0, "num_inference_steps": 2}
+    loaded.set_progress_bar_config(disable=True)
+    solver = DDIMScheduler(prediction_type="sample")
+    assert pixels(loaded(**options)) == pixels(pipe(generate="image", scheduler=solver, **options))
+    with pytest.raises(ValueError, match="Got the option\\(s\\) seed; need some of generate"):
+        pipeline(TASK, model=pipe.model, processor=pipe.processor, device="cpu", seed=1)
+
+
+def test_a_model_brings_and_keeps_its_solver_but_not_the_pipeline_whose_code_it_does_not_write(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    assert type(model.scheduler) is DDIMScheduler
+    model.save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+    assert "pipeline_mdm" in (folder / "config.json").read_text()
+    assert (folder / "pipeline_mdm.py").is_file()
+    assert "pipeline_mdm" not in (tmp_path / "config.json").read_text()
+
+
+QUESTION = [{"role": "user", "content": [{"type": "image", "image": digit()}, {"type": "text", "text": "a seven?"}]}]
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_the_pipelines_of_transformers_answer_and_draw(pipe, folder, task, monkeypatch):
+    # The first asks for torchvision wherever images are an input; neither it nor we ever use it.
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+    theirs = pipeline(task, model=folder, device="cpu")
+
+    def ask(**options) -> list:
+        steps = {"num_inference_steps": 2, "generator": [torch.Generator().manual_seed(7)]}
+        return theirs(**options, generate_kwargs=steps)
+
+    expected = pipe(
+        messages=QUESTION, generate="text", seed=7, num_inference_steps=2, scheduler=theirs.model.scheduler
+    )
+    answer = ask(text=QUESTION, return_full_text=False)
+    assert [one["generated_text"] for one in answer] == expected[0]["text"]
+    assert ask(text=QUESTION)[0]["generated_text"][-1] == {"role": "assistant", "content": expected[0]["text"][0]}
+    batch = ask(text=[QUESTION, QUESTION], return_full_text=False)
+    assert len(batch) == 2
+    assert batch[0] == answer
+    if task == "any-to-any":
+        options = {"seed": 7, "num_inference_steps": 2, "scheduler": theirs.model.scheduler, "generate": "image"}
+        for prompt in (CHAT, "a three"):
+            drawn = ask(text=prompt, generate="image", generation_mode="image")[0]["generated_image"]
+            assert pixels([{"images": [drawn]}]) == pixels(pipe(prompt, **options))
+    with pytest.raises(ValueError, match=r"Got max_new_tokens=3; .* as processor_kwargs"):
+        theirs(text=QUESTION, max_new_tokens=3)
+    short = theirs(text=QUESTION, processor_kwargs={"max_new_tokens": 1}, return_full_text=False)
+    assert len(short[0]["generated_text"].split()) <= 1
+
+
 def test_compiled_blocks_are_compiled_once_per_shape_and_draw_the_same(pipe):
     options = {"class_ids": [1, 2], "generate": "image", "seed": 0, "num_inference_steps": 3, "guidance_scale": 2.0}
     eager = np.array(pixels(pipe(**options)))
@@ -163,12 +337,16 @@ def test_arrays_are_batches_as_lists_are(pipe):
     ("conditions", "message"),
     [
         ({"text": ["a", "b"], "class_ids": [1]}, "a batch needs lists of one length"),
-        ({"messages": [], "text": "a three"}, "put the conditions into the messages"),
-        ({"num_return_sequences": 0}, "`num_return_sequences` is 0; it must be 1 or more"),
+        ({"messages": CHAT, "text": "a three"}, "put the conditions into the messages"),
+        ({"text": [{"messages": CHAT, "class_ids": 3}]}, "put the conditions into the messages"),
+        ({"text": [{"caption": "a three"}]}, "Got a prompt with 'caption'; need some of text, images"),
+        ({"text": [CHAT, "a three"]}, "Got a batch of 1 conversations and 1 prompts of another kind"),
+        ({"steps": 3}, "Got the option(s) steps; need some of generate, image_size"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` is 0; it must be a whole number, 1 or more"),
         ({"batch_size": -1}, "`batch_size` is -1; it must be a whole number, 1 or more"),
         ({"batch_size": 0}, "`batch_size` is 0"),
-        ({"text": []}, "`text` is an empty list; a batch needs at least one prompt"),
-        ({"messages": []}, "`messages` is empty; give one conversation"),
+        ({"text": []}, "`text` is empty; a batch needs at least one prompt"),
+        ({"messages": []}, "`messages` is empty; a batch needs at least one prompt"),
         ({"class_ids": 10}, "10"),
         ({"generate": "sound"}, "sound"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),

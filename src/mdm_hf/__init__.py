@@ -3,13 +3,14 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mdm import MDMConfig, MDMVAEConfig
 from .generation_mdm import MDMGenerateOutput, MDMGenerationConfig
 from .image_processing_mdm import MDMImageProcessorPil
 from .modeling_mdm import MDMForMultiModalGeneration, MDMModel, MDMModelOutput, MDMOutput
 from .modeling_mdm_vae import MDMVAEModel
-from .pipeline_mdm import MDMPipeline
+from .pipeline_mdm import TASK, MDMPipeline
 from .processing_mdm import MDMProcessor
 
 
@@ -38,6 +39,7 @@ AutoModelForMultimodalLM.register(MDMConfig, MDMForMultiModalGeneration)
 AutoModelForImageTextToText.register(MDMConfig, MDMForMultiModalGeneration)
 AutoImageProcessor.register(MDMConfig, image_processor_classes={"pil": MDMImageProcessorPil})
 AutoProcessor.register(MDMConfig, MDMProcessor)
+PIPELINE_REGISTRY.register_pipeline(TASK, MDMPipeline, pt_model=AutoModel, type="multimodal")
 
 # Their code travels with whatever is saved or pushed, so that it loads where this package is not installed.
 MDMConfig.register_for_auto_class()

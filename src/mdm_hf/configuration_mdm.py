@@ -6,6 +6,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+class _CustomPipelines(dict):
+    """The pipelines that a repository brings along, task -> class, without those that are registered here.
+
+    `transformers.pipeline` looks here before it looks at what is registered, and asks for `trust_remote_code`. With
+    the package imported its own class is to win, as it does for the Auto classes.
+    """
+
+    def __contains__(self, task) -> bool:
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        return super().__contains__(task) and task not in PIPELINE_REGISTRY.supported_tasks
+
+
 @strict
 class MDMVAEConfig(PreTrainedConfig):
     """The unified VAE: image patches and text tokens in one latent space (paper Sec. 4.1, 4.2.2).
@@ -141,6 +154,8 @@ class MDMConfig(PreTrainedConfig):
             self.vae_config = MDMVAEConfig(**self.vae_config)
         self.scan_directions = list(self.scan_directions)
         super().__post_init__(**kwargs)
+        if "custom_pipelines" in kwargs:
+            self.custom_pipelines = _CustomPipelines(kwargs["custom_pipelines"])
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MDMConfig":

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
@@ -39,6 +40,10 @@ SAMPLING_OPTIONS = (
     "modality_lag",
     "use_cache",
 )
+
+
+# What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
+PIPELINE_DEFAULTS = {"max_new_tokens": 256}
 
 
 class MDMGenerationConfig(GenerationConfig):
@@ -162,9 +167,14 @@ class MDMGenerationMixin:
     dtype: torch.dtype
     generation_config: MDMGenerationConfig
     output_modalities = ("image", "text")
+    scheduler: Any = None  # the repository's solver, if it has one; `default_scheduler()` otherwise
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *args, **kwargs):
-        """Called by `from_pretrained`: takes the given generation config or the repository's, if it has one."""
+        """Called by `from_pretrained`: takes the repository's generation config and solver, if it has them.
+
+        Raises:
+            ValueError: the repository's solver is none that the installed diffusers knows.
+        """
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         repository = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
         if generation_config is not None:
@@ -175,6 +185,8 @@ class MDMGenerationMixin:
             except OSError:
                 logger.info("The repository has no generation_config.json; using the defaults.")
                 self.generation_config = MDMGenerationConfig()
+        if path is not None:
+            self.scheduler = _load_scheduler(path, **repository | {"subfolder": "scheduler"})
 
     @torch.no_grad()
     def generate(
@@ -192,9 +204,10 @@ class MDMGenerationMixin:
         callback_on_step_end: Callable | None = None,
         generation_mode: str | None = None,
         progress_bar: bool = False,
+        return_dict_in_generate: bool = True,
         labels: Tensor | None = None,
         **options,
-    ) -> MDMGenerateOutput:
+    ) -> MDMGenerateOutput | Tensor:
         """Generates whatever `target_mask` marks: images, text, or both.
 
         Args:
@@ -205,13 +218,15 @@ class MDMGenerationMixin:
             generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
                 independent of the batch it is in.
             scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
-                second-order DPM-Solver++. It is copied with each modality's own betas, without clipping or
-                thresholding, and with "trailing" in place of "leading" time steps.
+                the one that the model was saved with, else second-order DPM-Solver++. It is copied with each
+                modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading" time
+                steps.
             callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
                 network call; `decode()` gives a preview as MDMGenerateOutput. It may return {"latents": ...} to
                 replace them.
             generation_mode: "image" or "text"; checked against the targets, None accepts any.
             progress_bar: Show the network calls on a progress bar.
+            return_dict_in_generate: False returns `sequences` alone.
 
         Raises:
             ValueError: inputs that do not fit together, no target, a scheduler that cannot drive this model.
@@ -232,7 +247,8 @@ class MDMGenerationMixin:
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
         view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config)
-        tracks = self._tracks(view.layout, scheduler or self.default_scheduler(), config, generators)
+        solver = scheduler or self.scheduler or self.default_scheduler()
+        tracks = self._tracks(view.layout, solver, config, generators)
         z = view.start
         steps = range(config.num_inference_steps)
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
@@ -245,7 +261,8 @@ class MDMGenerationMixin:
                 times = [track.time_after(step + 1) for track in tracks]
                 changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
                 z = (changed or {}).get("latents", z)
-        return self._decode(layout, view.restore(z), input_ids, pixel_values)
+        output = self._decode(layout, view.restore(z), input_ids, pixel_values)
+        return output if return_dict_in_generate else output.sequences
 
     def _preview(self, view, z_0: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> MDMGenerateOutput:
         """What the sample would be if the prediction z0-hat were right."""
@@ -253,7 +270,13 @@ class MDMGenerationMixin:
 
     def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
         base = self.generation_config if generation_config is None else generation_config
-        given = {k: v for k, v in options.items() if v is not None}
+        added = PIPELINE_DEFAULTS | {"pad_token_id": self.config.pad_token_id}
+        given = {k: v for k, v in options.items() if v is not None and (k not in added or v != added[k])}
+        if "max_new_tokens" in given:
+            raise ValueError(
+                f"Got max_new_tokens={given['max_new_tokens']}; a text is as long as its canvas in the inputs; give "
+                "it to the processor instead, in transformers' pipelines as processor_kwargs={'max_new_tokens': n}."
+            )
         return MDMGenerationConfig(**(_sampling_options(base) | given))
 
     def default_scheduler(self) -> DPMSolverMultistepScheduler:
@@ -472,6 +495,22 @@ def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
 
 def _sampling_options(config) -> dict:
     return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}
+
+
+def _load_scheduler(path, **repository):
+    """The solver of a folder or repository, of whatever class was saved; None if there is none."""
+    try:
+        config = diffusers.DPMSolverMultistepScheduler.load_config(path, **repository)
+    except OSError:
+        logger.info(f"{path} has no scheduler/scheduler_config.json; using the model's default solver.")
+        return None
+    kind = config.get("_class_name")
+    if not hasattr(diffusers, kind or ""):
+        raise ValueError(
+            f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
+            "update diffusers, or mend scheduler/scheduler_config.json."
+        )
+    return getattr(diffusers, kind).from_config(config)
 
 
 def _as_generators(generator, batch: int) -> list:

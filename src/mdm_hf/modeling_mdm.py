@@ -14,6 +14,7 @@ Symbols
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ try:  # what LoRA adapts where a LoraConfig names no `target_modules`; here, so 
 except ImportError:
     LORA_TARGETS = {}
 LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
+
+AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 
 
 class MDMConditionCache:
@@ -530,6 +533,22 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
         super()._init_weights(module)
         if module is self.latent_head:  # the first prediction is the best linear one
             init.zeros_(module.weight)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`~transformers.PreTrainedModel.save_pretrained`], the solver included if it is not the default one.
+
+        The code that goes with it (see `register_for_auto_class`) is found by every Auto class that fits.
+        """
+        config = self.config
+        if self._auto_class is not None:
+            config.auto_map = (getattr(config, "auto_map", None) or {}) | dict.fromkeys(
+                AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
+            )
+        if hasattr(config, "custom_pipelines"):
+            del config.custom_pipelines  # their code is not written here
+        super().save_pretrained(save_directory, **kwargs)
+        if self.scheduler is not None:
+            self.scheduler.save_pretrained(Path(save_directory) / "scheduler")
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.vae.token_embedding

@@ -1,19 +1,38 @@
-"""MDMPipeline: conditions in, text and pictures out, in one call."""
+"""MDMPipeline: conditions in, text and pictures out, in one call.
 
-from collections.abc import Callable
+- Prompts come as values, lists, or anything that can be iterated: data sets and generators are read as they are drawn.
+- Prompt n is drawn with a seed of its own, so that batches change nothing.
+- The code travels with what is saved, so that `transformers.pipeline` loads it where this package is not installed.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sized
+from itertools import count, islice, zip_longest
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .modeling_mdm import MDMForMultiModalGeneration
 from .processing_mdm import MDMProcessor
 
 
-logger = logging.get_logger(__name__)
+TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
+CONDITIONS = ("text", "images", "class_ids", "messages")
+PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
+GENERATE_OPTIONS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "text_guidance_scale",
+    "text_temperature",
+    "modality_lag",
+    "scheduler",
+)
 
 
 class MDMPipeline(Pipeline):
@@ -32,11 +51,12 @@ class MDMPipeline(Pipeline):
     Args:
         model: The model, with its head.
         processor: Its processor.
-        scheduler: A diffusers scheduler with `prediction_type="sample"`; `generate`'s default if None.
+        scheduler: A diffusers scheduler with `prediction_type="sample"`; the one that the model was saved with if
+            None, else `generate`'s default.
         compile: Compile the blocks with `torch.compile`, which takes a minute and pays where many samples are drawn. A
             string is its mode. Modes with CUDA graphs have not been tried: the states that the blocks keep for
             later steps are outputs of a graph that the next replay overwrites.
-        kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...
+        kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...; and defaults for the options of a call.
     """
 
     _load_processor = True
@@ -48,7 +68,7 @@ class MDMPipeline(Pipeline):
         self, model, processor: MDMProcessor | None = None, scheduler=None, compile: bool | str = False, **kwargs
     ):
         super().__init__(model=model, processor=processor, **kwargs)
-        self.scheduler = scheduler
+        self.scheduler = scheduler or model.scheduler
         if compile:
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, mode=compile if isinstance(compile, str) else None)
@@ -67,14 +87,18 @@ class MDMPipeline(Pipeline):
         shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         model = MDMForMultiModalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor = MDMProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
-        scheduler = _load_scheduler(pretrained_model_name_or_path, **shared)
-        return cls(model.eval(), processor, scheduler, compile, device=device, batch_size=batch_size)
+        return cls(model.eval(), processor, compile=compile, device=device, batch_size=batch_size)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Writes model, processor, scheduler and generation config into one folder."""
+        """Writes model, processor, scheduler, generation config and the code of them all into one folder."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
         (self.scheduler or self.model.default_scheduler()).save_pretrained(Path(save_directory) / "scheduler")
+        if not getattr(self.model, "_hf_peft_config_loaded", False):  # then it is an adapter, without a config
+            impl = f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
+            self.model.config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
+            self.model.config.save_pretrained(save_directory)
+            custom_object_save(self, save_directory)
 
     def load_adapter(self, peft_model_id: str, **kwargs):
         """Puts a PEFT adapter, from a folder or a Hub repository, on the model; see `PreTrainedModel.load_adapter`."""
@@ -86,107 +110,153 @@ class MDMPipeline(Pipeline):
 
     def __call__(
         self,
-        text: str | list[str | None] | None = None,
+        text=None,
         images=None,
-        class_ids: int | list[int | None] | None = None,
-        messages: list[dict] | list[list[dict]] | None = None,
-        generate: str | tuple[str, ...] = ("image", "text"),
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        text_guidance_scale: float | None = None,
-        text_temperature: float | None = None,
-        modality_lag: float | None = None,
+        class_ids=None,
+        messages=None,
+        *,
         num_return_sequences: int = 1,
         seed: int | None = None,
-        image_size: tuple[int, int] | None = None,
-        max_new_tokens: int | None = None,
         batch_size: int | None = None,
-        scheduler=None,
         callback_on_step_end: Callable | None = None,
-    ) -> list[dict]:
+        **options,
+    ) -> list[dict] | Iterator[dict]:
         """Generates `num_return_sequences` samples for each prompt.
 
         Args:
             text, images, class_ids: Conditions; each one value, or a list (a batch; lists of one length, None where a
                 prompt has no such condition). All absent: unconditional.
             messages: Conversations instead of the three above: one list of messages, or a list of such lists.
-            generate: "image", "text", or both.
-            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag: See
-                [`MDMGenerationConfig`]; the model's defaults where None.
+                Each of the four may also be a data set, a generator, or whatever else can be iterated. `text` may
+                hold whole prompts: conversations, or dicts with any of the four names, as rows of a data set are.
+            num_return_sequences: Samples per prompt.
             seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt.
                 None draws a seed at random.
-            image_size: (height, width) in pixels of the images to generate.
-            max_new_tokens: Length of the text canvas in tokens.
             batch_size: Samples per `generate` call, 32 by default.
             callback_on_step_end: See [`MDMForMultiModalGeneration.generate`].
+            generate: "image", "text", or both, which is the default.
+            image_size: (height, width) in pixels of the images to generate.
+            max_new_tokens: Length of the text canvas in tokens.
+            scheduler: Instead of the pipeline's.
+            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag: See
+                [`MDMGenerationConfig`]; the model's defaults where None.
 
         Returns:
             A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":
-            [PIL.Image, ...]}.
+            [PIL.Image, ...]}. For prompts that are neither values nor lists, an iterator over the same, which reads
+            and draws a batch at a time.
 
         Raises:
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
-        if num_return_sequences < 1:
-            raise ValueError(f"`num_return_sequences` is {num_return_sequences}; it must be 1 or more.")
-        prompts = self._prompts(text, images, class_ids, messages)
-        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
-        seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        generate = (generate,) if isinstance(generate, str) else tuple(generate)
         size = batch_size if batch_size is not None else self._batch_size or 32
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"`batch_size` is {size!r}; it must be a whole number, 1 or more.")
-        results: list[dict] = []
-        starts = range(0, len(prompts), size)
-        for start in logging.tqdm(starts, desc="Batches", disable=not self.progress_bar or len(starts) == 1):
-            batch = prompts[start : start + size]
-            inputs = self.preprocess(batch, generate=generate, image_size=image_size, max_new_tokens=max_new_tokens)
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-            outputs = self._forward(
-                inputs,
-                generator=generators,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                text_guidance_scale=text_guidance_scale,
-                text_temperature=text_temperature,
-                modality_lag=modality_lag,
-                scheduler=scheduler or self.scheduler,
-                callback_on_step_end=callback_on_step_end,
-                progress_bar=self.progress_bar and len(starts) == 1,
-            )
-            results += self.postprocess(outputs)
-        return results
+        stages = self._stages(options)
+        prompts = self._prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        results = self._results(prompts, size, _first_seed(seed), *stages, callback_on_step_end)
+        return list(results) if isinstance(prompts, list) else results
 
-    def _prompts(self, text, images, class_ids, messages) -> list:
-        if messages is not None:
-            if text is not None or images is not None or class_ids is not None:
-                raise ValueError(
-                    "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the "
-                    "messages as content parts, or leave `messages` out."
-                )
-            if len(messages) == 0:
-                raise ValueError("`messages` is empty; give one conversation, or a list of conversations.")
-            return [messages] if isinstance(messages[0], dict) else list(messages)
-        columns = {
-            "text": text,
-            "images": list(images) if _is_array(images, 4) else images,
-            "class_ids": class_ids.tolist() if _is_array(class_ids, 1) else class_ids,
-        }
-        lengths = {name: len(value) for name, value in columns.items() if isinstance(value, list | tuple)}
+    def stream(
+        self,
+        text=None,
+        images=None,
+        class_ids=None,
+        messages=None,
+        *,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        **options,
+    ) -> Iterator[list[dict]]:
+        """Watches the samples form: the same call, in one batch, with a look at it after every network call.
+
+        The network waits until the next look is asked for, and stops when no more is.
+
+        Args:
+            text, images, class_ids, messages: Values or lists, as in a call.
+            num_return_sequences, seed, options: As in a call.
+
+        Yields:
+            After each network call the list that the call returns, of what the samples would be if the network were
+            right; at last the list of the samples themselves. `num_inference_steps` lists in all.
+
+        Raises:
+            ValueError: as a call; prompts that are neither values nor lists.
+        """
+        for_processor, for_generate = self._stages(options)
+        prompts = self._prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        if not isinstance(prompts, list):
+            raise ValueError(
+                "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
+                "the pipeline itself."
+            )
+        first = _first_seed(seed)
+
+        def draw(show: Callable[[list[dict]], None]):
+            def look(model, step, timesteps, tensors):
+                if any(timesteps):  # all are 0 when the samples are done
+                    show(self.postprocess(tensors["decode"]()))
+
+            show(self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}))
+
+        return _shown(draw)
+
+    def _stages(self, options: dict) -> tuple[dict, dict]:
+        """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
+        for_processor, for_generate, _ = self._sanitize_parameters(**options)
+        for_processor = {"generate": ("image", "text")} | self._preprocess_params | for_processor
+        return for_processor, {"scheduler": self.scheduler} | self._forward_params | for_generate
+
+    def _results(self, prompts, size: int, seed: int, for_processor: dict, for_generate: dict, callback):
+        """Results one by one, drawn `size` at a time."""
+        is_known = isinstance(prompts, list)
+        is_one = is_known and len(prompts) <= size
+        starts = range(0, len(prompts), size) if is_known else count(0, size)
+        for_generate = for_generate | {"callback_on_step_end": callback, "progress_bar": self.progress_bar and is_one}
+        prompts = iter(prompts)
+        for start in logging.tqdm(starts, desc="Batches", disable=not self.progress_bar or is_one or not is_known):
+            batch = list(islice(prompts, size))
+            if not batch:
+                return
+            yield from self._batch(batch, seed + start, for_processor, for_generate)
+
+    def _batch(self, batch: list[dict], seed: int, for_processor: dict, for_generate: dict) -> list[dict]:
+        """One `generate` call: prompt i of the batch is drawn with seed + i."""
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
+        inputs = self.preprocess(batch, **for_processor)
+        return self.postprocess(self._forward(inputs, generator=generators, **for_generate))
+
+    def _prompts(self, repeats: int, **columns) -> list[dict] | Iterator[dict]:
+        """Every prompt `repeats` times; an iterator where they are to be read one by one."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"`num_return_sequences` is {repeats!r}; it must be a whole number, 1 or more.")
+        for name in ("text", "messages"):
+            if _is_conversation(columns[name]):  # one, not a batch
+                columns[name] = [columns[name]]
+        many = {name: v for name, v in columns.items() if _is_lazy(v) or _is_batch(v, 4 if name == "images" else 1)}
+        lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
-        count = next(iter(lengths.values()), 1)
-        if count == 0:
-            raise ValueError(f"`{next(iter(lengths))}` is an empty list; a batch needs at least one prompt.")
-        rows = {name: list(v) if isinstance(v, list | tuple) else [v] * count for name, v in columns.items()}
-        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many)
+        repeated = (prompt for prompt in prompts for _ in range(repeats))
+        if any(_is_lazy(value) for value in many.values()):
+            return repeated
+        if 0 in lengths.values():
+            raise ValueError(f"`{next(iter(lengths))}` is empty; a batch needs at least one prompt.")
+        return list(repeated)
 
     def preprocess(self, batch: list, **options):
         """Prompts -> model inputs."""
-        if isinstance(batch[0], list):
-            inputs = self.processor.apply_chat_template(batch, return_tensors="pt", **options)
+        conversations = [prompt["messages"] for prompt in batch if prompt["messages"] is not None]
+        if 0 < len(conversations) < len(batch):
+            raise ValueError(
+                f"Got a batch of {len(conversations)} conversations and {len(batch) - len(conversations)} prompts of "
+                "another kind; need all of one kind; make two calls, or write the others as messages."
+            )
+        if conversations:
+            inputs = self.processor.apply_chat_template(conversations, return_tensors="pt", **options)
         else:
-            columns = {name: [prompt[name] for prompt in batch] for name in batch[0]}
+            columns = {name: [prompt[name] for prompt in batch] for name in CONDITIONS[:3]}
             inputs = self.processor(**columns, return_tensors="pt", **options)
         return inputs.to(self.model.device)
 
@@ -197,25 +267,101 @@ class MDMPipeline(Pipeline):
         """Model outputs -> text and PIL images."""
         return self.processor.post_process_multimodal_output(outputs)
 
-    def _sanitize_parameters(self, **kwargs):
-        return {}, {}, {}
+    def _sanitize_parameters(self, **options):
+        unknown = sorted(set(options) - {*PROCESSOR_OPTIONS, *GENERATE_OPTIONS})
+        if unknown:
+            raise ValueError(
+                f"Got the option(s) {', '.join(unknown)}; need some of {', '.join(PROCESSOR_OPTIONS)}, "
+                f"{', '.join(GENERATE_OPTIONS)}; check the spelling."
+            )
+        given = {name: value for name, value in options.items() if value is not None}
+        parts = [
+            {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
+        ]
+        return *parts, {}
 
 
-def _is_array(value, dimensions: int) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor) and value.ndim == dimensions
+def _first_seed(seed: int | None) -> int:
+    return int(torch.randint(2**31, ()).item()) if seed is None else seed
 
 
-def _load_scheduler(path, **repository):
-    """The scheduler under `scheduler/`, of whatever class was saved; None, `generate`'s default, if there is none."""
-    try:
-        config = diffusers.DPMSolverMultistepScheduler.load_config(path, subfolder="scheduler", **repository)
-    except OSError:
-        logger.info(f"{path} has no scheduler/scheduler_config.json; using the model's default solver.")
-        return None
-    kind = config.get("_class_name")
-    if not hasattr(diffusers, kind or ""):
+def _is_conversation(value) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_batch(value, dimensions: int) -> bool:
+    is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == dimensions
+    return is_stack or isinstance(value, list | tuple)
+
+
+def _is_lazy(value) -> bool:
+    """A data set, a generator: neither one value nor a batch that is there already."""
+    is_there = isinstance(value, str | bytes | dict | list | tuple | np.ndarray | torch.Tensor)
+    return not is_there and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+
+
+def _zipped(fixed: dict, many: dict[str, Any]) -> Iterator[dict]:
+    """Prompts of one value from each of `many` and all that is `fixed`."""
+    if not many:
+        yield _prompt(fixed)
+        return
+    # The data sets of PyTorch have a length, and no end that iteration would see.
+    columns = [v if hasattr(v, "__iter__") else (v[i] for i in range(len(v))) for v in many.values()]
+    end = object()
+    for row in zip_longest(*columns, fillvalue=end):
+        if ended := [name for name, value in zip(many, row, strict=True) if value is end]:
+            raise ValueError(f"`{ended[0]}` ended before the other conditions; need as many of one as of the others.")
+        yield _prompt(fixed | dict(zip(many, row, strict=True)))
+
+
+def _prompt(prompt: dict) -> dict:
+    """One prompt, whose `text` may be a whole one."""
+    text = prompt["text"]
+    if isinstance(text, list | tuple):
+        text = {"messages": text}
+    if isinstance(text, dict):
+        if unknown := sorted(set(text) - set(CONDITIONS)):
+            raise ValueError(
+                f"Got a prompt with {', '.join(map(repr, unknown))}; need some of {', '.join(CONDITIONS)}; rename or "
+                "drop the others, or pass one column as text=, images=, class_ids= or messages=."
+            )
+        prompt = prompt | {"text": None} | text
+    if prompt["messages"] is not None and any(prompt[name] is not None for name in CONDITIONS[:3]):
         raise ValueError(
-            f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
-            "update diffusers, or mend scheduler/scheduler_config.json."
+            "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the messages as "
+            "content parts, or leave `messages` out."
         )
-    return getattr(diffusers, kind).from_config(config)
+    return prompt
+
+
+def _shown(draw: Callable[[Callable], None]) -> Iterator:
+    """What `draw(show)` shows, one at a time; it runs in a thread, and only while the next is waited for."""
+    shown: queue.SimpleQueue = queue.SimpleQueue()
+    asked: queue.SimpleQueue = queue.SimpleQueue()
+
+    def show(item):
+        shown.put((item, None))
+        if not asked.get():
+            raise GeneratorExit
+
+    def work():
+        try:
+            draw(show)
+            shown.put((None, StopIteration()))
+        except BaseException as error:
+            shown.put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = shown.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+            asked.put(True)
+    finally:
+        asked.put(False)
+        thread.join()

@@ -433,6 +433,10 @@ class MDMProcessor(ProcessorMixin):
             return [next(iter(result["images"]), None) for result in results]
         return [next(iter(result["text"]), "") for result in results]
 
+    def post_process_image_text_to_text(self, generated_outputs: Any, **decode_kwargs: Any) -> list[str]:
+        """The text alone, as transformers' pipeline "image-text-to-text" asks for it."""
+        return self.post_process_multimodal_output(generated_outputs, generation_mode="text", **decode_kwargs)
+
 
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

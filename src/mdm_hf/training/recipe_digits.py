@@ -9,6 +9,7 @@ from transformers import TrainingArguments, set_seed
 from ..configuration_mdm import MDMConfig
 from ..generation_mdm import MDMGenerationConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
+from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
 from .digits import DigitsTaskDataset
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
@@ -102,13 +103,11 @@ def train_digits(
 
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path) -> Path:
-    """Writes model, processor, scheduler and generation config into one folder."""
+    """Writes model, processor, scheduler, generation config and their code into one folder."""
     model.generation_config = MDMGenerationConfig(
         num_inference_steps=20, guidance_scale=1.15, text_guidance_scale=1.0, text_temperature=0.7
     )
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    model.default_scheduler().save_pretrained(folder / "scheduler")
+    MDMPipeline(model.eval(), processor, device=model.device).save_pretrained(folder)
     return folder
 
 
