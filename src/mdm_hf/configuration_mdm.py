@@ -158,6 +158,16 @@ class MDMConfig(PreTrainedConfig):
             self.custom_pipelines = _CustomPipelines(kwargs["custom_pipelines"])
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found:  # it would pass for a config of defaults
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} without a config.json; need the one that its weights were saved "
+                "with; push or download it again."
+            )
+        return found, kwargs
+
+    @classmethod
     def from_preset(cls, name: str, **overrides) -> "MDMConfig":
         """The configuration of a named size (`MDM_PRESETS`), with single fields overridden.
 

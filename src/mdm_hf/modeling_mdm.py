@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -329,6 +330,16 @@ class MDMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MDMBlock"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
     _can_record_outputs = {"hidden_states": MDMBlock}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:  # names neither the repository nor the file
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} with a .safetensors file that cannot be read ({error}); need "
+                "whole ones; push or download them again, with force_download=True if the cache holds the broken one."
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

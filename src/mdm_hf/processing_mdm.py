@@ -115,6 +115,17 @@ class MDMProcessor(ProcessorMixin):
         self._ids = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in CONTROL_TOKENS}
         self._special_text = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:  # names neither the repository nor the file
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} with a processor that cannot be made ({error}); need "
+                "processor_config.json, tokenizer_config.json and tokenizer.json, whole; push or download them again, "
+                "with force_download=True if the cache holds a broken one."
+            ) from error
+
     @property
     def patch_size(self) -> int:
         return self.image_processor.patch_size
