@@ -164,7 +164,8 @@ def test_however_prompts_come_they_give_the_same_samples(pipe, prompts):
 
 def test_a_data_set_is_drawn_row_by_row(pipe):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"text": PROMPTS, "class_ids": [1, None, 3]})
+    table = datasets.table.InMemoryTable.from_pydict({"text": PROMPTS, "class_ids": [1, None, 3]})
+    rows = datasets.Dataset(table, fingerprint="rows")
     expected = pixels(pipe(text=PROMPTS, class_ids=[1, None, 3], **DRAW))
     assert pixels(pipe(rows, batch_size=2, **DRAW)) == expected
     assert pixels(pipe(text=rows["text"], class_ids=rows["class_ids"], batch_size=2, **DRAW)) == expected
