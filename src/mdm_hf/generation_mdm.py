@@ -60,6 +60,8 @@ class MDMGenerationConfig(GenerationConfig):
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
+    pad_token_id = None  # pipelines of older transformers look for it
+
     def __init__(self, **kwargs):
         # The parent's token-by-token options do not apply and are left out.
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
