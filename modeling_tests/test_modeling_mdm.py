@@ -60,11 +60,11 @@ def mixer_oracle(mixer, h, kind):
         x, B, C = u.split([inner, n, n], dim=-1)
         y = ssd_oracle(
             x.view(1, -1, heads, config.head_dim),
-            F.softplus(dt[order] + weights["dt_bias"][k])[None],
-            -weights["A_log"][k].exp(),
+            F.softplus(dt[order] + weights["ssm.dt_bias"][k])[None],
+            -weights["ssm.A_log"][k].exp(),
             B[None, :, None],
             C[None, :, None],
-            D=weights["D"][k],
+            D=weights["ssm.D"][k],
         )[0].flatten(1)
         merged[order] += y
     gated = merged * F.silu(z)

@@ -35,6 +35,7 @@ class MDMVAEConfig(PreTrainedConfig):
 
     model_type = "mdm_vae"
     base_config_key = "vae_config"
+    base_model_fsdp_plan = {"encoder": "free_full_weight", "decoder": "free_full_weight"}
 
     vocab_size: int = 32000
     num_channels: int = 3
@@ -91,6 +92,7 @@ class MDMConfig(PreTrainedConfig):
     model_type = "mdm"
     sub_configs = {"vae_config": MDMVAEConfig}
     sub_configs_defaults = {"vae_config": MDMVAEConfig}
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     keys_to_ignore_at_inference = [
         "loss_rec_image",
         "loss_rec_text",

@@ -12,6 +12,7 @@ Symbols
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -51,6 +53,12 @@ except ImportError:
 LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
+
+# Weights that once had another name: old pattern -> new name. `from_pretrained` and `load_state_dict` read both.
+RENAMED_WEIGHTS = {r"mixer\.(A_log|D|dt_bias)": r"mixer.ssm.\1"}
+register_checkpoint_conversion_mapping(
+    "mdm", [WeightRenaming(old, new) for old, new in RENAMED_WEIGHTS.items()], overwrite=True
+)
 
 
 class MDMConditionCache:
@@ -98,6 +106,47 @@ class MDMProjections(nn.Module):
         self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
 
 
+class MDMSelectiveScan(nn.Module):
+    """Eq. 10-13 in K directions at once, each with its own A, D and bias of dt.
+
+    `from_pretrained` keeps them in fp32 at any `dtype`. In a module that holds nothing else they can be a group of
+    their own for FSDP2, whose groups are of one dtype each.
+    """
+
+    def __init__(self, directions: int, num_heads: int, chunk_size: int | None):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(directions, num_heads))
+        self.D = nn.Parameter(torch.empty(directions, num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(directions, num_heads))
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        step_is_real: Tensor,
+        initial_states: Tensor | None,
+        return_final_states: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (b, l, k, inner), dt (b, l, k, heads), B and C (b, l, k, state) -> y (b, l, k * heads, head_dim), and, if
+        asked for, the final states (b, k * heads, head_dim, state)."""
+        b, l, directions, heads = dt.shape
+        dt = F.softplus(dt.float() + self.dt_bias[:directions].float()) * step_is_real.unsqueeze(-1)  # 0 at padding
+        return ssd(
+            x.view(b, l, directions * heads, -1),
+            dt.flatten(2),
+            -self.A_log[:directions].float().exp().flatten(),
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D[:directions].float().flatten(),
+            initial_states=initial_states,
+            return_final_states=return_final_states,
+        )
+
+
 class MDMMixer(nn.Module):
     """Scan switch, causal convolution and selective scan in K directions, merged, gated and projected.
 
@@ -113,14 +162,12 @@ class MDMMixer(nn.Module):
         self.only_direction = layer_idx % num_images if config.scan_sharing == "alternate" else None
         self.num_image_projections = num_images if self.is_independent else 1
         num_projections = num_images + num_texts if self.is_independent else 1
-        self.projections = nn.ModuleList(MDMProjections(config) for _ in range(num_projections))
         directions = 1 if self.only_direction is not None else num_images
         conv_channels = config.inner_size + 2 * config.state_size
         self.conv_weight = nn.Parameter(torch.empty(directions, conv_channels, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(directions, conv_channels))
-        self.A_log = nn.Parameter(torch.empty(directions, config.num_heads))
-        self.D = nn.Parameter(torch.empty(directions, config.num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(directions, config.num_heads))
+        self.ssm = MDMSelectiveScan(directions, config.num_heads, config.chunk_size)
+        self.projections = nn.ModuleList(MDMProjections(config) for _ in range(num_projections))
 
     def project_in(self, hidden_states: Tensor, is_image: Tensor) -> list[Tensor]:
         """One projection for all directions, or one per direction: (b, l, z + x + B + C + dt) each."""
@@ -152,7 +199,6 @@ class MDMMixer(nn.Module):
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
         config = self.config
         inner, state, heads = config.inner_size, config.state_size, config.num_heads
-        b, l, _ = hidden_states.shape
         only = self.only_direction
         order, rank, step_is_real = (
             value if only is None else value[..., only : only + 1]
@@ -181,22 +227,11 @@ class MDMMixer(nn.Module):
 
         x, B, C = convolve(0, inner), convolve(inner, inner + state), convolve(inner + state, inner + 2 * state)
         dt = _join([scan(dt, o, r) for _, _, dt, o, r in sources])
-        dt = F.softplus(dt.float() + self.dt_bias[:directions].float()) * step_is_real.unsqueeze(-1)  # 0 at padding
-        y = ssd(
-            x.view(b, l, directions * heads, config.head_dim),
-            dt.flatten(2),
-            -self.A_log[:directions].float().exp().flatten(),
-            B,
-            C,
-            chunk_size=config.chunk_size,
-            D=self.D[:directions].float().flatten(),
-            initial_states=ssm_state,
-            return_final_states=fills_cache,
-        )
+        y = self.ssm(x, dt, B, C, step_is_real, ssm_state, fills_cache)
         if fills_cache:
             y, cache.ssm = y
             cache.conv = _join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources])
-        y = y.reshape(b, l, directions, inner)
+        y = y.reshape(x.shape)
         if plan.direction_weight is not None and only is None:
             y = y * plan.direction_weight.to(y.dtype)
         scanned = [(part, o, r, z) for part, (z, _, _, o, r) in zip(y.split(width, dim=2), sources, strict=True)]
@@ -341,12 +376,23 @@ class MDMPreTrainedModel(PreTrainedModel):
                 "whole ones; push or download them again, with force_download=True if the cache holds the broken one."
             ) from error
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but under the present weight names unless `save_original_format` is set."""
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch, old weight names included: the Trainer resumes through here, and ignores names it misses."""
+        for old, new in RENAMED_WEIGHTS.items():
+            state_dict = {re.sub(old, new, name): weight for name, weight in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         config = self.config
         if isinstance(module, MDMMixer):
             init.uniform_(module.conv_weight, -(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
             init.zeros_(module.conv_bias)
+        elif isinstance(module, MDMSelectiveScan):
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
             init.ones_(module.D)
             low, high = math.log(config.time_step_min), math.log(config.time_step_max)

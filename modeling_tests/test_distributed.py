@@ -1,0 +1,105 @@
+"""Claims about one training step cut into pieces: over two processes, or into micro-batches, it is the same step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import batch, fixed_noise, tiny_model
+from transformers import TrainingArguments
+
+from mdm_hf.modeling_mdm_vae import MDMLatentPosterior
+from mdm_hf.training.trainer import LOSS_PARTS, MDMTrainer
+
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def distances(tmp_path_factory) -> dict:
+    """What two processes measured against one, see distributed_step.py."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_model().save_pretrained(folder / "model")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(FOLDER / "distributed_step.py"), str(folder / "model"), str(folder / "result.json")]
+    paths = os.pathsep.join((str(FOLDER), str(FOLDER.parent / "src")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2_on_load"])
+def test_two_processes_take_the_step_of_one(distances, way):
+    assert distances[way]["loss"] < 2e-6
+    assert distances[way]["gradient"] < 2e-6  # of each parameter, in units of its largest entry
+
+
+@pytest.mark.parametrize("way", ["fsdp2_bf16", "fsdp2_bf16_on_load"])
+def test_fsdp_shards_a_half_precision_model_whose_recurrence_is_fp32(distances, way):
+    assert distances[way]["loss"] < 0.01
+    assert distances[way]["gradient"] < 0.03
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp2_on_load", "fsdp2_bf16", "fsdp2_bf16_on_load"])
+def test_a_sharded_model_generates_the_same(distances, way):
+    assert distances[way]["sample"] == 0
+
+
+class Rows(torch.utils.data.Dataset):
+    """Four rows of equal length and equal numbers of targets, each with its own timesteps and noise."""
+
+    def __init__(self):
+        rows = batch(["both"] * 4, is_training=True)
+        rows["labels"][:, 13] = torch.tensor([33, 34, 35, 36])
+        noise = fixed_noise(rows)
+        levels = torch.linspace(0.1, 0.9, 8).view(4, 2)
+        self.rows = rows | {"timesteps": levels, "noise": noise, "pixel_values": rows["pixel_values"].clone()}
+        self.rows["pixel_values"] *= torch.linspace(0.5, 1, 4).view(4, 1, 1, 1)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return {name: values[i] for name, values in self.rows.items()}
+
+
+def trained(folder, micro_batch: int, optim: str):
+    """The model and the log after 4 steps of 4 rows in micro-batches of `micro_batch`."""
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=4 // micro_batch,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        optim=optim,
+        logging_steps=1,
+        save_strategy="no",
+        remove_unused_columns=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    model = tiny_model()
+    trainer = MDMTrainer(model, arguments, train_dataset=Rows())
+    trainer.train()
+    return model, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_accumulated_micro_batches_log_and_learn_as_the_whole_batch(tmp_path, monkeypatch, micro_batch):
+    """Where every row has its own timesteps and noise and as many targets of each kind as the others. The noise of the
+    VAE's posterior has no argument: here it is 0."""
+    monkeypatch.setattr(MDMLatentPosterior, "sample", lambda self, noise: self.mean)
+    whole, log = trained(tmp_path / "whole", 4, "sgd")
+    cut, log_of_cut = trained(tmp_path / "cut", micro_batch, "sgd")
+    assert log[0]["loss"] > log[-1]["loss"]
+    for entry, other in zip(log, log_of_cut, strict=True):
+        for name in ("loss", "grad_norm", *LOSS_PARTS):
+            assert other[name] == pytest.approx(entry[name], rel=1e-5, abs=2e-5), name  # logged to 5 digits
+    for (name, p), q in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=0, msg=name)
