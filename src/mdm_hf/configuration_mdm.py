@@ -219,6 +219,24 @@ class MDMConfig(PreTrainedConfig):
             self.system_token_id,
         ]
 
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Every token id that this configuration names."""
+        values = [getattr(self, name) for name in vars(self) if name.endswith("_token_id")]
+        return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
+
+    def check_vocab_size(self, vocab_size: int):
+        """Raises ValueError if `vocab_size` tokens do not include the special ones."""
+        needed = max(self.special_token_ids) + 1
+        if vocab_size < needed:
+            raise ValueError(
+                f"A vocabulary of {vocab_size} tokens leaves out special ones: the highest id that the configuration "
+                f"names is {needed - 1}; take {needed} tokens or more."
+            )
+
+    def validate_vocabulary(self):
+        self.check_vocab_size(self.vocab_size)
+
     def validate_sizes(self):
         _require_positive(
             self, "hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "num_train_timesteps"

@@ -386,6 +386,19 @@ class MDMPreTrainedModel(PreTrainedModel):
             state_dict = {re.sub(old, new, name): weight for name, weight in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs
+    ):
+        """Resizes token embedding, token head and `config.vocab_size` together.
+
+        Raises:
+            ValueError: the new vocabulary would not hold the special tokens.
+        """
+        multiple = pad_to_multiple_of or 1
+        if new_num_tokens is not None:
+            self.config.check_vocab_size(-(-new_num_tokens // multiple) * multiple)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         config = self.config
@@ -448,6 +461,12 @@ class MDMModel(MDMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.vae.token_embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.vae.token_head
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.vae.token_head = value
 
     def layout(self, input_ids, image_grid_hw=None, attention_mask=None, target_mask=None) -> SequenceLayout:
         grid_hw = input_ids.new_ones(1, 2) if image_grid_hw is None else image_grid_hw.to(input_ids.device)
