@@ -54,7 +54,8 @@ LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 
-# Weights that once had another name: old pattern -> new name. `from_pretrained` and `load_state_dict` read both.
+# Weights that had another name when first saved: old pattern -> new name. `from_pretrained` and `load_state_dict` read
+# both; `save_pretrained` writes the old one, transformers' original format, which earlier versions read as well.
 RENAMED_WEIGHTS = {r"mixer\.(A_log|D|dt_bias)": r"mixer.ssm.\1"}
 register_checkpoint_conversion_mapping(
     "mdm", [WeightRenaming(old, new) for old, new in RENAMED_WEIGHTS.items()], overwrite=True
@@ -376,10 +377,6 @@ class MDMPreTrainedModel(PreTrainedModel):
                 "whole ones; push or download them again, with force_download=True if the cache holds the broken one."
             ) from error
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but under the present weight names unless `save_original_format` is set."""
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in torch, old weight names included: the Trainer resumes through here, and ignores names it misses."""
         for old, new in RENAMED_WEIGHTS.items():
@@ -395,8 +392,9 @@ class MDMPreTrainedModel(PreTrainedModel):
             ValueError: the new vocabulary would not hold the special tokens.
         """
         multiple = pad_to_multiple_of or 1
-        if new_num_tokens is not None:
-            self.config.check_vocab_size(-(-new_num_tokens // multiple) * multiple)
+        padded = -(-(new_num_tokens or self.config.vocab_size) // multiple) * multiple
+        if padded < self.config.vocab_size:
+            self.config.check_vocab_size(padded)
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
 
     @torch.no_grad()
