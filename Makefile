@@ -5,6 +5,7 @@ EXTRAS ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+TORCHAO := $(VENV)/torchao
 # The oldest transformers that pyproject.toml admits, and an environment with it; else pinned as the other one.
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 OLDEST_VENV ?= .venv-oldest
@@ -48,10 +49,15 @@ $(KERNELS): $(INSTALLED)
 		$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --no-build-isolation mamba-ssm
 	@touch $@
 
+# In a folder of its own, which the tests add to their path: beside a CPU's torch it complains wherever it is imported.
+$(TORCHAO): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $@ torchao
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/mdm demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(TORCHAO)
 	@$(MAKE) --no-print-directory kernels || echo "No kernel packages for this machine: their test will be skipped." >&2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
