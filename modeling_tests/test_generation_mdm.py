@@ -5,10 +5,15 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SCMScheduler,
     UniPCMultistepScheduler,
 )
 from tiny import ASSISTANT, KINDS, LATENT, batch, generators, tiny_model
@@ -200,13 +205,25 @@ def test_every_row_gets_its_images_and_only_those():
     assert all(float(image.abs().max()) <= 1 for images in out.images for image in images)
 
 
-def test_known_pixels_of_a_partly_known_image_are_kept():
+@pytest.mark.parametrize("known", [0, 1], ids=["first-row", "second-row"])
+@pytest.mark.parametrize("is_placeholder", [False, True])
+def test_known_pixels_of_a_partly_known_image_are_kept(known, is_placeholder):
     inputs = batch(["class_to_image"], is_training=True)
     del inputs["labels"]
-    inputs["target_mask"][0, 4:7] = 0  # the first row of three patches is known
+    inputs["target_mask"][0, 4 + 3 * known : 7 + 3 * known] = 0  # one row of three patches is known
+    if is_placeholder:
+        inputs["input_ids"][(inputs["input_ids"] == 11) & (inputs["target_mask"] == 1)] = 12
     (image,) = tiny_model().generate(**inputs, num_inference_steps=2).images[0]
-    torch.testing.assert_close(image[:, :2], inputs["pixel_values"][0, :, :2])
-    assert not torch.allclose(image[:, 2:], inputs["pixel_values"][0, :, 2:])
+    given, made = (slice(2 * k, 2 * k + 2) for k in (known, 1 - known))
+    torch.testing.assert_close(image[:, given], inputs["pixel_values"][0, :, given])
+    assert not torch.allclose(image[:, made], inputs["pixel_values"][0, :, made])
+
+
+def test_ids_of_any_integer_type_give_the_same_samples():
+    model, inputs = tiny_model(), batch(["caption"])
+    narrow = inputs | {"input_ids": inputs["input_ids"].int()}
+    wide, other = (model.generate(**i, generator=generators([0]), num_inference_steps=2) for i in (inputs, narrow))
+    assert torch.equal(wide.sequences, other.sequences)
 
 
 @pytest.mark.parametrize("lag", [1.0, -1.0, 0.5, 0.0])
@@ -395,6 +412,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
     [
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0; it must be a whole number, 1 or more"),
         ({"num_inference_steps": -3}, "`num_inference_steps` is -3"),
+        ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001; it must be at most 1000, the steps of"),
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
         ({"text_guidance_scale": -1}, "`text_guidance_scale` is -1; it must be a number, 0 or more"),
@@ -404,8 +422,25 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"generation_mode": "audio"}, "`generation_mode` is 'audio'; it must be 'image', 'text' or None"),
         ({"generation_mode": "image"}, "the inputs have no such target"),
         ({"generator": generators([1, 2])}, "`generator` is a list of 2 for a batch of 1"),
+        ({"generator": 0}, "`generator` is 0; it must be a torch.Generator on the CPU, or one per row; for a seed"),
+        ({"generator": [0]}, "`generator` is 0"),
+        ({"text_temperature": 1e-45}, "The text latents decode to NaN or infinity; lower `guidance_scale`, bring"),
+        ({"guidance_scale": 1e38}, "The text latents decode to NaN or infinity"),
+        ({"callback_on_step_end": lambda *a: 3}, "`callback_on_step_end` returned 3; it must return None or {"),
+        ({"callback_on_step_end": lambda *a: {"latents": 3}}, "`callback_on_step_end` returned 3"),
+        (
+            {"callback_on_step_end": lambda *a: {"latents": a[-1]["latents"][:, 1:]}},
+            "returned latents of shape (1, 7, 8); it must return None or {'latents': a tensor of shape (1, 8, 8)}",
+        ),
+        ({"callback_on_step_end": lambda *a: {"latents": a[-1]["latents"] * float("nan")}}, "The text latents decode"),
         ({"target_mask": None}, "`target_mask` marks nothing to generate in row 0"),
         ({"labels": torch.zeros(1, 19)}, "`generate` got `labels`"),
+        ({"scheduler": "ddim"}, "`scheduler` (str) has no `prediction_type`; it must be a diffusers scheduler"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "has no `prediction_type`"),
+        ({"scheduler": DDPMWuerstchenScheduler()}, "has no `prediction_type`"),
+        ({"scheduler": DDIMInverseScheduler(prediction_type="sample")}, "runs from t = 0.05 to 1; it must start near"),
+        ({"scheduler": CogVideoXDDIMScheduler(prediction_type="sample")}, "bends the noise schedule that the model"),
+        ({"scheduler": SCMScheduler(prediction_type="sample")}, "(SCMScheduler) cannot make 20 steps on the model's"),
         ({"scheduler": DDIMScheduler()}, "prediction_type 'epsilon', but MDM predicts clean latents"),
         ({"scheduler": DDIMScheduler(num_train_timesteps=50, prediction_type="sample")}, "has num_train_timesteps 50"),
         ({"scheduler": EulerDiscreteScheduler(prediction_type="sample")}, "MDM keeps them at unit variance"),

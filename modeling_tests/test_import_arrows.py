@@ -25,7 +25,7 @@ PACKAGE = ROOT / "src" / "mdm_hf"
 
 OPS = {"noise_schedule", "scan_switch", "causal_conv", "ssd", "fused_scan", "score_entropy"}
 CONFIGURATION = {"configuration_mdm"}
-LAYOUT = {"sequence_layout"}  # how a row of token ids is read: between the ops and the models
+LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm"}
 PROCESSING = {"image_processing_mdm", "processing_mdm"}
 
@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "fused_scan": {"causal_conv", "scan_switch", "ssd_kernels"},
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
+    "input_checks": CONFIGURATION | {"sequence_layout"},
     "generation_mdm": CONFIGURATION | OPS | LAYOUT,  # called on self, so it never names the model
     "modeling_mdm_vae": CONFIGURATION | OPS,
     "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae"},
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"generation_mdm"},
 }
 ARROWS["__init__"] = set(ARROWS)
-CORE = set(ARROWS) - {"__init__", "ssd_kernels", "sequence_layout"}
+CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT
 NEVER_AT_RUNTIME = {"cli"}  # stays at home, beside the folders training/ and evaluation/
 
 KERNEL_PACKAGES = {"mamba_ssm", "causal_conv1d", "triton"}

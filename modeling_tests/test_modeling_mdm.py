@@ -322,6 +322,34 @@ def broken(**changes):
             {"pixel_values": torch.zeros(1, 1, 4, 7)},
             "4x7 pixels, not a multiple of patch_size 2; resize to 4x6 or pad to 4x8",
         ),
+        (
+            {"pixel_values": torch.full((1, 1, 4, 6), 255.0)},
+            "`pixel_values` ranges from 255 to 255; pixels must",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 1, 4, 6, dtype=torch.uint8)},
+            "`pixel_values` has dtype torch.uint8; it",
+        ),
+        ({"noise": torch.full((2, 19, 8), float("nan"))}, "`noise` holds NaN or infinity; draw it with torch.randn"),
+        ({"noise": torch.zeros(2, 19, 8).long()}, "`noise` has dtype torch.int64; it must hold floats; cast it with"),
+        ({"input_ids": [[1, 2]]}, "`input_ids` is of type list; it must be a tensor"),
+        ({"input_ids": torch.ones(2, 19)}, "dtype torch.float32; it must hold whole numbers; cast it with .long()"),
+        (
+            {"input_ids": torch.ones(0, 19).long()},
+            "`input_ids` has shape (0, 19); it must be (batch, length), n",
+        ),
+        ({"input_ids": torch.ones(2, 0).long()}, "`input_ids` has shape (2, 0)"),
+        ({"target_mask": [[1]]}, "`target_mask` is of type list"),
+        ({"class_ids": torch.tensor([1.0, 2.0])}, "`class_ids` has dtype torch.float32; it must hold whole numbers"),
+        ({"class_ids": [1, 2]}, "`class_ids` is of type list; it must be a tensor"),
+        ({"timesteps": [[0.5, 0.5]] * 2}, "`timesteps` is of type list"),
+        ({"timesteps": 0.5}, "`timesteps` is of type float"),
+        ({"image_grid_hw": torch.tensor([[2.0, 3.0]] * 2)}, "`image_grid_hw` has dtype torch.float32"),
+        (
+            {"image_grid_hw": torch.tensor([[2, 3], [-2, -3]])},
+            "`image_grid_hw` [-2, -3] needs 6, from 1 or more rows and columns",
+        ),
+        ({"foo": 1}, "`forward` got the unknown argument(s) ['foo']; check the spelling"),
         ({"pixel_values": torch.zeros(1, 1, 2, 6)}, "`image_grid_hw` asks for images of up to 4x6 pixels"),
         ({"image_grid_hw": None}, "holds 2 image(s), but `image_grid_hw` is None"),
         ({"image_grid_hw": torch.tensor([[2, 3]])}, "must be (2, 2)"),
@@ -343,6 +371,79 @@ def test_a_class_without_a_class_token_is_refused():
     inputs["input_ids"][0, 0] = 15
     with pytest.raises(ValueError, match="put one first, as MDMProcessor does"):
         tiny_model()(**inputs)
+
+
+def test_patches_outside_an_image_are_refused():
+    inputs = batch(["text"])
+    inputs["input_ids"][0, 4] = 11
+    with pytest.raises(ValueError, match="a patch at row 0, place 4, that is in no image; put each image between"):
+        tiny_model()(**inputs, image_grid_hw=torch.zeros(0, 2).long())
+
+
+@pytest.mark.parametrize(("name", "header"), [("image", 5), ("text", 6)])
+def test_a_target_without_its_time_token_is_refused(name, header):
+    inputs = batch(["both"])
+    inputs["input_ids"][inputs["input_ids"] == header] = 15
+    with pytest.raises(ValueError, match=f"marks {name} at row 0, place .* without the time token {header} before it"):
+        tiny_model()(**inputs)
+
+
+def test_ids_of_any_integer_type_give_the_same_outputs():
+    model = tiny_model()
+    inputs = batch(["caption", "both"])
+    fixed = {"timesteps": timesteps_of(inputs), "noise": fixed_noise(inputs)}
+    narrow = {name: v if v.is_floating_point() else v.to(torch.int32) for name, v in inputs.items()}
+    assert torch.equal(model(**inputs, **fixed).logits, model(**narrow, **fixed).logits)
+
+
+def test_an_image_is_known_if_any_patch_of_it_is():
+    """Its first patches may be targets; without the pixels the token's own embedding would stand in for them."""
+    inputs = batch(["class_to_image", "caption"])
+    inputs["input_ids"][0, 6:10] = 11  # patches 2 to 5 of six
+    inputs["target_mask"][0, 6:10] = 0
+    with pytest.raises(ValueError, match=r"holds 2 image\(s\) of known patches .*, but `pixel_values` is None"):
+        tiny_model()(**(inputs | {"pixel_values": None}))
+    inputs["pixel_values"] = torch.stack([inputs["pixel_values"][0] * 0.5, inputs["pixel_values"][0]])
+    model = tiny_model()
+    fixed = {"timesteps": timesteps_of(inputs), "noise": fixed_noise(inputs)}
+    latents = model.model(**inputs, **fixed).latents
+    own = model.model.vae.encode_images(inputs["pixel_values"]).mean.flatten(1, 2)
+    torch.testing.assert_close(latents[0, 6:10], own[0, 2:])
+    torch.testing.assert_close(latents[1][inputs["input_ids"][1] == 11], own[1])
+
+
+def test_a_text_target_labelled_minus_100_counts_in_no_loss():
+    model = tiny_model()
+    inputs = batch(["caption"], is_training=True)
+    fixed = {"timesteps": timesteps_of(inputs), "noise": fixed_noise(inputs)}
+    parts = ("loss_se_text", "loss_rec_text", "loss_kl")
+    whole = model(**inputs, **fixed)
+    none = model(**inputs | {"labels": torch.full_like(inputs["labels"], -100)}, **fixed)
+    assert float(none.loss_se_text) == float(none.loss_rec_text) == 0
+    first = inputs["labels"].clone()
+    first[0, first[0].ne(-100).nonzero()[1:]] = -100
+    one = model(**inputs | {"labels": first}, **fixed)
+    for part in parts:
+        assert float(one[part]) not in (0, float(whole[part])), part
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "message"),
+    [
+        (-3, 64, "`labels` holds 64; a label must be the id of a text token, at least 0 and below vocab_size 64"),
+        (-3, -1, "`labels` holds -1"),
+        (-3, 10, "`labels` holds 10"),
+        (1, 20, "`labels` gives an id to row 0, place 1, which is no text target; set it to -100 there"),
+        (3, 20, "`labels` gives an id to row 0, place 3"),
+    ],
+    ids=["high", "negative", "control", "condition", "patch"],
+)
+def test_labels_are_text_tokens_at_text_targets(place, label, message):
+    inputs = batch(["caption"], is_training=True)
+    inputs["labels"][0, place] = label
+    with pytest.raises(ValueError) as error:
+        tiny_model()(**inputs)
+    assert message in str(error.value)
 
 
 def test_labels_without_a_target_are_refused():

@@ -27,7 +27,8 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
 from .configuration_mdm import MDMConfig
-from .sequence_layout import SequenceLayout, check_inputs, image_of_each_row, plan_scans
+from .input_checks import as_generators, check_finite, check_inputs, check_targets, replaced_latents
+from .sequence_layout import SequenceLayout, image_of_each_row, plan_scans
 
 
 logger = hf_logging.get_logger(__name__)
@@ -40,6 +41,8 @@ SAMPLING_OPTIONS = (
     "modality_lag",
     "use_cache",
 )
+EARLIEST_START = 0.95  # of a solver's time grid: the model was shown pure noise at t = 1
+USABLE_SOLVERS = "use DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler or DDPMScheduler."
 
 
 # What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
@@ -236,12 +239,11 @@ class MDMGenerationMixin:
         config = self._sampling_config(generation_config, options)
         if labels is not None:
             raise ValueError("`generate` got `labels`; they are for training. Drop them from the inputs.")
-        check_inputs(
-            self.config, input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids, None, None
-        )
+        check_inputs(self.config, input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids)
+        input_ids = input_ids.long()
         layout = self.model.layout(input_ids, image_grid_hw, attention_mask, target_mask)
-        _check_targets(layout, generation_mode)
-        generators = _as_generators(generator, len(input_ids))
+        check_targets(layout, generation_mode)
+        generators = as_generators(generator, len(input_ids))
         conditions = self.model.encode(layout, input_ids, pixel_values).mean.float()
         noise = self._draw_noise(layout, conditions, generators)
 
@@ -249,8 +251,9 @@ class MDMGenerationMixin:
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
         view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config)
-        solver = scheduler or self.scheduler or self.default_scheduler()
-        tracks = self._tracks(view.layout, solver, config, generators)
+        if scheduler is None:
+            scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
+        tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start
         steps = range(config.num_inference_steps)
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
@@ -262,7 +265,7 @@ class MDMGenerationMixin:
                 preview = partial(self._preview, view, z_0, input_ids, pixel_values)
                 times = [track.time_after(step + 1) for track in tracks]
                 changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
-                z = (changed or {}).get("latents", z)
+                z = replaced_latents(changed, z)
         output = self._decode(layout, view.restore(z), input_ids, pixel_values)
         return output if return_dict_in_generate else output.sequences
 
@@ -279,7 +282,13 @@ class MDMGenerationMixin:
                 f"Got max_new_tokens={given['max_new_tokens']}; a text is as long as its canvas in the inputs; give "
                 "it to the processor instead, in transformers' pipelines as processor_kwargs={'max_new_tokens': n}."
             )
-        return MDMGenerationConfig(**(_sampling_options(base) | given))
+        sampling, most = MDMGenerationConfig(**(_sampling_options(base) | given)), self.config.num_train_timesteps
+        if sampling.num_inference_steps > most:
+            raise ValueError(
+                f"`num_inference_steps` is {sampling.num_inference_steps}; it must be at most {most}, the steps of "
+                "the noise schedule."
+            )
+        return sampling
 
     def default_scheduler(self) -> DPMSolverMultistepScheduler:
         config = self.config
@@ -292,10 +301,15 @@ class MDMGenerationMixin:
             solver_order=2,
         )
 
-    def _scheduler_for(self, scheduler, modality: str):
-        """A fresh copy of `scheduler` on the modality's betas."""
-        config, given = self.config, scheduler.config
+    def _solver_for(self, scheduler, modality: str, length: int) -> tuple[Any, list[float]]:
+        """A fresh copy of `scheduler` on the modality's betas, and t in [0, 1] at each of its `length` calls."""
         kind = type(scheduler).__name__
+        if "prediction_type" not in getattr(scheduler, "config", {}):
+            raise ValueError(
+                f"`scheduler` ({kind}) has no `prediction_type`; it must be a diffusers scheduler that can be told to "
+                f"take clean latents; {USABLE_SOLVERS}"
+            )
+        config, given = self.config, scheduler.config
         if given.get("prediction_type") != "sample":
             raise ValueError(
                 f"`scheduler` ({kind}) has prediction_type {given.get('prediction_type')!r}, but MDM predicts clean "
@@ -312,22 +326,47 @@ class MDMGenerationMixin:
             "rescale_betas_zero_snr": False,
             "clip_sample": False,
             "thresholding": False,
+            "use_flow_sigmas": False,
         }
         if given.get("timestep_spacing") == "leading":  # starts at t < 1, where the latents are no longer pure noise
             bent["timestep_spacing"] = "trailing"
-        copied = type(scheduler).from_config(
-            given,
-            beta_start=config.beta_start,
-            beta_end=config.beta_end,
-            beta_schedule=getattr(config, f"{modality}_beta_schedule"),
-            **{name: value for name, value in bent.items() if name in given},
-        )
-        if float(copied.init_noise_sigma) != 1:
-            raise ValueError(
-                f"`scheduler` ({kind}) starts from noise of scale {float(copied.init_noise_sigma):.3g}: it scales its "
-                "samples, MDM keeps them at unit variance; use DPMSolverMultistep, UniPCMultistep, DDIM or DDPM."
+        try:
+            solver = type(scheduler).from_config(
+                given,
+                beta_start=config.beta_start,
+                beta_end=config.beta_end,
+                beta_schedule=getattr(config, f"{modality}_beta_schedule"),
+                **{name: value for name, value in bent.items() if name in given},
             )
-        return copied
+            solver.set_timesteps(length)  # on the CPU: no step waits for the device
+        except Exception as error:  # each solver fails in its own way at what it cannot do
+            raise ValueError(
+                f"`scheduler` ({kind}) cannot make {length} steps on the model's noise schedule ({error}); "
+                f"{USABLE_SOLVERS}"
+            ) from error
+        sigma = float(getattr(solver, "init_noise_sigma", "nan"))
+        if sigma != 1:
+            raise ValueError(
+                f"`scheduler` ({kind}) starts from noise of scale {sigma:.3g}: it scales its samples, MDM keeps them "
+                f"at unit variance; {USABLE_SOLVERS}"
+            )
+        own = getattr(solver, "alphas_cumprod", None)
+        if own is None or not torch.allclose(own.float(), self.model.alpha_bar_of(modality)[1:], atol=1e-4):
+            raise ValueError(
+                f"`scheduler` ({kind}) bends the noise schedule that the model was trained with; {USABLE_SOLVERS}"
+            )
+        times = ((solver.timesteps.double() + 1) / config.num_train_timesteps).tolist()
+        if len(times) != length:
+            raise ValueError(
+                f"`scheduler` ({kind}) makes {len(times)} network calls of {length} steps; it must make one call a "
+                f"step; {USABLE_SOLVERS}"
+            )
+        if times[0] < EARLIEST_START or sorted(times, reverse=True) != times:
+            raise ValueError(
+                f"`scheduler` ({kind}) runs from t = {times[0]:.3g} to {times[-1]:.3g}; it must start near 1, where "
+                f"the latents are pure noise, and fall; {USABLE_SOLVERS}"
+            )
+        return solver, times
 
     def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:
         calls, lag = config.num_inference_steps, config.modality_lag
@@ -342,18 +381,11 @@ class MDMGenerationMixin:
                 (has_both, *((ahead, 0) if is_first else (behind, calls - behind))),
             ):
                 if bool((mask & rows).any()):
-                    solver = self._scheduler_for(scheduler, modality)
-                    solver.set_timesteps(length)  # on the CPU: no step waits for the device
-                    if len(solver.timesteps) != length:
-                        raise ValueError(
-                            f"`scheduler` ({type(solver).__name__}) makes {len(solver.timesteps)} network calls of "
-                            f"{length} steps; use a solver with one call a step."
-                        )
+                    solver, times = self._solver_for(scheduler, modality, length)
                     at = (mask & rows).nonzero(as_tuple=True)
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[row] for row in at[0].tolist()] if draws else None
                     on_rows = (mask & rows).any(1)
-                    times = ((solver.timesteps.double() + 1) / self.config.num_train_timesteps).tolist()
                     tracks.append(_Track(level, on_rows, at, of_target, first, solver, times))
         return tracks
 
@@ -372,7 +404,7 @@ class MDMGenerationMixin:
         sequences = input_ids.clone()
         text = layout.is_target & layout.is_text
         if bool(text.any()):
-            logits = vae.decode_tokens(latents[text].to(self.dtype)).float()
+            logits = check_finite(vae.decode_tokens(latents[text].to(self.dtype)).float(), "text")
             forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
             logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
             sequences[text] = logits.argmax(-1)
@@ -383,6 +415,7 @@ class MDMGenerationMixin:
                 at = layout.is_patch[row] & (layout.image_index[row] == index)
                 h, w = layout.grid[row][at][0].tolist()
                 image = vae.decode_images(latents[row][at].view(1, h, w, -1).to(self.dtype))[0].float()
+                image = check_finite(image, "image")
                 keep = (at & layout.is_known_patch[row] & ~layout.is_target[row])[at]
                 if bool(keep.any()):  # a partly known image keeps its known pixels
                     p = config.vae_config.patch_size
@@ -513,31 +546,3 @@ def _load_scheduler(path, **repository):
             "update diffusers, or mend scheduler/scheduler_config.json."
         )
     return getattr(diffusers, kind).from_config(config)
-
-
-def _as_generators(generator, batch: int) -> list:
-    if isinstance(generator, list | tuple):
-        if len(generator) != batch:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)} for a batch of {batch}; give one per row, or a single one."
-            )
-        return list(generator)
-    return [generator] * batch
-
-
-def _check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
-    image, text = (layout.is_target & layout.is_patch), (layout.is_target & layout.is_text)
-    empty = ~(image | text).any(1)
-    if bool(empty.any()):
-        raise ValueError(
-            f"`target_mask` marks nothing to generate in row {empty.nonzero()[0].item()}; set it to 1 at patches or "
-            'text tokens, for instance with MDMProcessor(..., generate=("image", "text")).'
-        )
-    if generation_mode is not None:
-        if generation_mode not in ("image", "text"):
-            raise ValueError(f"`generation_mode` is {generation_mode!r}; it must be 'image', 'text' or None.")
-        if not bool((image if generation_mode == "image" else text).any()):
-            raise ValueError(
-                f"`generation_mode` is {generation_mode!r}, but the inputs have no such target; make them with "
-                f"generate=({generation_mode!r},)."
-            )

@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_mdm import MDMConfig
 from .fused_scan import merge_gate_norm, scan_conv
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
+from .input_checks import check_inputs, check_labels
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
 from .scan_switch import scan
@@ -42,7 +43,7 @@ from .score_entropy import (
     loss_weight,
     text_score_entropy,
 )
-from .sequence_layout import ScanPlan, SequenceLayout, build_layout, check_inputs, image_of_each_row, plan_scans
+from .sequence_layout import ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
 from .ssd import ssd
 
 
@@ -558,7 +559,9 @@ class MDMModel(MDMPreTrainedModel):
             class_ids,
             timesteps,
             noise,
+            kwargs,
         )
+        input_ids = input_ids.long()
         layout = self.layout(input_ids, image_grid_hw, attention_mask, target_mask)
         posterior = self.encode(layout, input_ids, pixel_values)
         clean = posterior.mean
@@ -666,20 +669,17 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
         """Predicts the clean latents; with `labels`, L_total of Eq. 18 and its parts.
 
         Args:
-            labels: (b, l) token ids at text targets, -100 elsewhere. Image targets need none: their pixels are in
-                `pixel_values`.
+            labels: (b, l) token ids at text targets, -100 elsewhere: a text target with -100 is noised, but counts in
+                no loss. Image targets need none: their pixels are in `pixel_values`.
 
         All other arguments are those of [`MDMModel.forward`].
 
         Raises:
-            ValueError: `labels` without any target, and whatever [`MDMModel.forward`] raises.
+            ValueError: `labels` without any target or outside the text targets, and whatever [`MDMModel.forward`]
+                raises.
         """
         if labels is not None:
-            if labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}; they must be "
-                    "equal: one entry a token, -100 outside text targets."
-                )
+            check_labels(self.config, input_ids, labels, attention_mask, target_mask)
             input_ids = torch.where(labels >= 0, labels, input_ids)
         outputs = self.model(
             input_ids,
@@ -702,13 +702,9 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
     ) -> dict[str, Tensor]:
         """L_total = L_rec^img + L_rec^txt + beta L_KL + lambda L_se (Eq. 18) and its parts."""
         config, layout = self.config, outputs.layout
-        if not torch.compiler.is_compiling() and not bool(layout.is_target.any()):
-            raise ValueError(
-                "`target_mask` marks no target, so there is nothing to learn; set it to 1 at the patches and text "
-                "tokens to generate, as MDMProcessor does for the last assistant message."
-            )
         is_noised = layout.is_target & (outputs.alpha_bar < 1)
         is_known_text = layout.is_text & (layout.input_ids != config.text_target_token_id)
+        is_known_text &= ~layout.is_target | (labels >= 0)
         text_target, image_target = is_noised & is_known_text, is_noised & layout.is_known_patch
         level = outputs.alpha_bar
 
