@@ -129,6 +129,38 @@ def test_paths_bytes_arrays_and_tensors_of_one_picture_agree(tmp_path: Path) -> 
     torch.testing.assert_close(together, outs[0].expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize("size", [8, 6], ids=["as-it-is", "resized"])
+def test_floats_from_0_to_1_are_the_picture_that_0_to_255_are(size: int) -> None:
+    levels = np.asarray(colour())
+    unit = levels / 255
+    dim = np.where(levels > 127, 1, 0).astype(np.uint8) * np.uint8(255)
+    take = processor(size, size, num_channels=3)
+    whole = take(levels)["pixel_values"]
+    tensor = torch.from_numpy(unit)
+    for form in (unit, unit.astype(np.float16), tensor, tensor.float(), tensor.bfloat16()):
+        atol = 0.02 if form.dtype in (torch.bfloat16, np.float16) else 1e-6
+        np.testing.assert_allclose(take(form)["pixel_values"], whole, atol=atol)
+    np.testing.assert_allclose(take(dim > 0)["pixel_values"], take(dim)["pixel_values"], atol=1e-6)
+    mixed = take([levels, unit])["pixel_values"]
+    np.testing.assert_allclose(mixed[0], mixed[1], atol=1e-6)
+    grey_levels = np.asarray(grey())
+    as_pil = processor(size, size)([grey(), Image.fromarray((grey_levels / 255).astype(np.float32))])["pixel_values"]
+    np.testing.assert_allclose(as_pil[0], as_pil[1], atol=1e-6)
+
+
+def test_floats_from_0_to_1_keep_their_place_among_images_of_several_sizes() -> None:
+    small, large = np.asarray(grey(4, 8)), np.asarray(grey(6, 2, 2))
+    take = processor(do_resize=False)
+    expected = take([small, large])["pixel_values"]
+    np.testing.assert_allclose(take([small / 255, large])["pixel_values"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("array", [np.zeros((8, 8), complex), np.zeros((8, 8), object), np.zeros((0, 8))])
+def test_arrays_that_hold_no_picture_are_refused(array) -> None:
+    with pytest.raises(ValueError, match=r"Got an image array of dtype .* need whole .* no side of 0; convert it"):
+        processor()(array)
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((8, 8, 3)), np.zeros((4, 8, 8)), torch.zeros(3, 8, 8), np.zeros((2, 3, 4, 5, 6))]
 )
@@ -162,7 +194,7 @@ def test_pixels_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_pixels_that_were_already_normalised_are_refused() -> None:
     array = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
-    with pytest.raises(ValueError, match=r"become -1\.00784 to .*need \[-1, 1\]; give values from 0 to 255"):
+    with pytest.raises(ValueError, match=r"become -1\.00784 to .*need \[-1, 1\]; give values from 0 to 255, or"):
         processor()(array)
     with pytest.raises(ValueError, match=r"need \[-1, 1\]"):
         processor(do_rescale=False)(grey())
@@ -185,6 +217,9 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     path.write_text("not a picture")
     with pytest.raises(ValueError, match=r"notes\.txt.*holds no image that Pillow can read; give a PNG"):
         processor()(path)
+    for source in ("data:image/png;base64,AAAA", "data:image/png;base64", "data:image/png;base64,!", "a\0b"):
+        with pytest.raises(ValueError, match=r"Got '.*, which holds no image .*or its bytes in base64 as a data URL"):
+            processor()(source)
     with pytest.raises(ValueError, match=r"Got 5 bytes, which holds no image"):
         processor()(b"bytes")
     with pytest.raises(ValueError, match=r"cannot be opened .*check the path"):

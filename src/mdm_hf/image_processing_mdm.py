@@ -40,6 +40,9 @@ class MDMImageProcessorPil(PilBackend):
     Pictures are turned upright, converted to grey or RGB, resized to `size` unless `do_resize` is off, rescaled and
     normalised, and padded with 0 at the bottom and the right to the largest of the call. `postprocess` goes back.
 
+    Arrays and tensors hold whole numbers or floats from 0 to 255. A float image with all its values in [0, 1], or one
+    of booleans, is taken to run from 0, black, to 1, white: its rescale factor is 1 instead of `rescale_factor`.
+
     Args:
         size: {"height": ..., "width": ...}, multiples of `patch_size`.
         patch_size, num_channels, max_pixels: See [`MDMImageProcessorKwargs`].
@@ -117,9 +120,10 @@ class MDMImageProcessorPil(PilBackend):
                 if source.startswith(("http://", "https://", "data:image/")):
                     return load_image(source, timeout=30)
                 return Image.open(source)
-            except UnidentifiedImageError as error:
+            except (UnidentifiedImageError, ValueError, IndexError) as error:  # the last two: a bad data URL
                 raise ValueError(
-                    f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file."
+                    f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file, "
+                    "or its bytes in base64 as a data URL."
                 ) from error
             except OSError as error:
                 raise ValueError(f"Got image {name}, which cannot be opened ({error}); check the path.") from error
@@ -138,7 +142,16 @@ class MDMImageProcessorPil(PilBackend):
                     f"{max_pixels}; give a smaller image or raise max_pixels."
                 )
             return _to_channels_first(_converted(image, num_channels))
-        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = image.float() if image.dtype == torch.bfloat16 else image  # which NumPy does not have
+        array = np.asarray(image)
+        if array.dtype.kind not in "biuf" or array.size == 0:
+            raise ValueError(
+                f"Got an image array of dtype {array.dtype} and shape {tuple(array.shape)}; need whole numbers from 0 "
+                "to 255, floats or booleans, and no side of 0; convert it."
+            )
+        array = array.astype(np.float32) if array.dtype.kind == "b" else array
         if array.ndim == 2 and num_channels == 1:
             array = array[None]
         if array.ndim == 3 and array.shape[0] != num_channels and array.shape[-1] == num_channels:
@@ -177,18 +190,22 @@ class MDMImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("Got no images; need at least one; leave the image processor out where there is none.")
+        is_unit = [_is_unit(image) for image in images]
         if do_resize:
             images = [
                 image
                 if image.shape[1:] == (size.height, size.width)
+                else self.resize(np.rint(image * 255).astype(np.uint8), size=size, resample=resample) / np.float32(255)
+                if unit
                 else self.resize(image, size=size, resample=resample)
-                for image in images
+                for image, unit in zip(images, is_unit, strict=True)
             ]
         grids = np.array(
             [self.grid_of(image.shape[1], image.shape[2], patch_size) for image in images], dtype=np.int64
         )
         height, width = np.max([image.shape[1:] for image in images], axis=0)
-        scale = np.float32(rescale_factor if do_rescale else 1)
+        factor = rescale_factor if do_rescale else 1
+        scale = np.array([1 if unit else factor for unit in is_unit], dtype=np.float32).reshape(-1, 1, 1, 1)
         mean, std = np.zeros((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
         if do_normalize:
             mean = np.asarray(image_mean, dtype=np.float32).reshape(-1, 1, 1)
@@ -197,13 +214,13 @@ class MDMImageProcessorPil(PilBackend):
         if all(image.shape == images[0].shape for image in images):
             pixels = (np.stack(images).astype(np.float32) * scale - mean) / std
         else:
-            for row, image in zip(pixels, images, strict=True):
-                row[:, : image.shape[1], : image.shape[2]] = (image.astype(np.float32) * scale - mean) / std
+            for row, image, own in zip(pixels, images, scale, strict=True):
+                row[:, : image.shape[1], : image.shape[2]] = (image.astype(np.float32) * own - mean) / std
         low, high = float(pixels.min()), float(pixels.max())
         if do_normalize and not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ValueError(
-                f"Got pixels that become {low:g} to {high:g}; need [-1, 1]; give values from 0 to 255, or from 0 to 1 "
-                "with do_rescale=False."
+                f"Got pixels that become {low:g} to {high:g}; need [-1, 1]; give values from 0 to 255, or floats from "
+                "0 to 1."
             )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
@@ -218,6 +235,11 @@ class MDMImageProcessorPil(PilBackend):
             levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
             pictures.append(Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)))
         return pictures
+
+
+def _is_unit(image: np.ndarray) -> bool:
+    """Whether 1 stands for white, not 255."""
+    return image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1
 
 
 def _flat(images: Any) -> Iterator[Any]:
@@ -237,6 +259,8 @@ def _converted(image: Image.Image, num_channels: int) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # 16 bits a pixel, which Pillow would clip to 8
             image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
+        if image.mode == "F" and _is_unit(np.asarray(image)):
+            image = image.point(lambda level: level * 255 + 0.5)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
