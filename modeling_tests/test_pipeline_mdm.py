@@ -325,7 +325,7 @@ def test_any_number_of_prompt_lengths_shares_a_few_compiled_graphs(pipe):
 
 
 def test_arrays_are_batches_as_lists_are(pipe):
-    options = {"seed": 0, "num_inference_steps": 2}
+    options = {"seed": np.int64(0), "num_inference_steps": 2}
     classes = pixels(pipe(class_ids=[1, 2], generate="image", **options))
     assert pixels(pipe(class_ids=torch.tensor([1, 2]), generate="image", **options)) == classes
     assert pixels(pipe(class_ids=np.array([1, 2]), generate="image", **options)) == classes
@@ -344,6 +344,12 @@ def test_arrays_are_batches_as_lists_are(pipe):
         ({"text": [CHAT, "a three"]}, "Got a batch of 1 conversations and 1 prompts of another kind"),
         ({"steps": 3}, "Got the option(s) steps; need some of generate, image_size"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0; it must be a whole number, 1 or more"),
+        ({"num_return_sequences": 2.5}, "`num_return_sequences` is 2.5; it must be a whole number"),
+        ({"num_return_sequences": "2"}, "`num_return_sequences` is '2'"),
+        ({"num_return_sequences": None}, "`num_return_sequences` is None"),
+        ({"seed": 1.5}, "`seed` is 1.5; it must be a whole number, 0 or more"),
+        ({"seed": "3"}, "`seed` is '3'"),
+        ({"image_size": 8}, "Got image_size 8; need (height, width)"),
         ({"batch_size": -1}, "`batch_size` is -1; it must be a whole number, 1 or more"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"text": []}, "`text` is empty; a batch needs at least one prompt"),

@@ -1,8 +1,10 @@
 """The processor: the layout of rows, one path for all inputs, what it refuses, and the way back."""
 
+import logging
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -349,6 +351,14 @@ def refuses(message: str):
     return pytest.raises(ValueError, match=message)
 
 
+def test_a_text_over_the_limit_is_refused_without_a_warning_before_it(caplog) -> None:
+    fresh = MDMProcessor.from_pretrained(SHIPPED)  # a tokenizer warns once
+    logger = logging.getLogger("transformers")
+    with mock.patch.object(logger, "propagate", True), refuses("need at most the tokenizer's model_max"):
+        fresh(text="a three " * 600, generate="image")
+    assert "indexing errors" not in caplog.text
+
+
 def test_lists_of_different_lengths_are_refused(processor: MDMProcessor) -> None:
     with refuses(
         r"lists of different lengths or empty ones, \{'text': 2, 'class_ids': 3\}; a batch needs lists of one"
@@ -358,7 +368,7 @@ def test_lists_of_different_lengths_are_refused(processor: MDMProcessor) -> None
         processor(text=[])
 
 
-@pytest.mark.parametrize("generate", ["video", ("image", "sound"), "", (), "images"])
+@pytest.mark.parametrize("generate", ["video", ("image", "sound"), "", (), "images", 3])
 def test_an_unknown_or_empty_generate_is_refused(processor: MDMProcessor, generate) -> None:
     with refuses(r"Got generate with .*; need 'image', 'text' or both; name what to make\."):
         processor(text="a three", generate=generate)
@@ -451,7 +461,9 @@ def test_a_malformed_message_is_refused(processor: MDMProcessor, message: dict, 
         ({"max_new_tokens": 0}, "Got max_new_tokens 0; need a whole number of at least 1"),
         ({"max_new_tokens": 2.5}, r"Got max_new_tokens 2\.5"),
         ({"image_size": (8, 9)}, "Image width 9 is not a multiple of patch_size 2; resize to 8 or 10"),
-        ({"image_size": (8,)}, r"Got image_size \(8,\); need \(height, width\) in pixels"),
+        ({"image_size": (8,)}, r"Got image_size \(8,\); need \(height, width\), whole numbers of pixels"),
+        ({"image_size": 8}, r"Got image_size 8; need \(height, width\), whole numbers of pixels"),
+        ({"image_size": (8.0, 8.0)}, r"Got image_size \(8\.0, 8\.0\); need"),
         ({"videos": ["x.mp4"]}, "Got videos or audio; need text, images or class_ids"),
         ({"text": 3}, "Got a text of type int; need a string"),
     ],

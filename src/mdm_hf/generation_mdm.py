@@ -221,7 +221,7 @@ class MDMGenerationMixin:
             generation_config: Defaults to `self.generation_config`; `options` override single fields
                 (`num_inference_steps`, `guidance_scale`, ...).
             generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
-                independent of the batch it is in.
+                independent of the batch it is in, up to rounding in half precision.
             scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
                 the one that the model was saved with, else second-order DPM-Solver++. It is copied with each
                 modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading" time

@@ -5,6 +5,7 @@
 - The code travels with what is saved, so that `transformers.pipeline` loads it where this package is not installed.
 """
 
+import operator
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sized
@@ -19,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .modeling_mdm import MDMForMultiModalGeneration
-from .processing_mdm import MDMProcessor
+from .processing_mdm import MODALITIES, MDMProcessor, as_modalities
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
@@ -130,8 +131,9 @@ class MDMPipeline(Pipeline):
                 Each of the four may also be a data set, a generator, or whatever else can be iterated. `text` may
                 hold whole prompts: conversations, or dicts with any of the four names, as rows of a data set are.
             num_return_sequences: Samples per prompt.
-            seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt.
-                None draws a seed at random.
+            seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt: in
+                float32 to the byte, in half precision up to a few grey levels, as a matrix product is rounded
+                differently in a batch of another size. None draws a seed at random.
             batch_size: Samples per `generate` call, 32 by default.
             callback_on_step_end: See [`MDMForMultiModalGeneration.generate`].
             generate: "image", "text", or both, which is the default.
@@ -149,9 +151,7 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
-        size = batch_size if batch_size is not None else self._batch_size or 32
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"`batch_size` is {size!r}; it must be a whole number, 1 or more.")
+        size = _whole("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
         stages = self._stages(options)
         prompts = self._prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
         results = self._results(prompts, size, _first_seed(seed), *stages, callback_on_step_end)
@@ -204,7 +204,8 @@ class MDMPipeline(Pipeline):
     def _stages(self, options: dict) -> tuple[dict, dict]:
         """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
-        for_processor = {"generate": ("image", "text")} | self._preprocess_params | for_processor
+        for_processor = self._preprocess_params | for_processor
+        for_processor["generate"] = as_modalities(for_processor.get("generate", MODALITIES))
         return for_processor, {"scheduler": self.scheduler} | self._forward_params | for_generate
 
     def _results(self, prompts, size: int, seed: int, for_processor: dict, for_generate: dict, callback):
@@ -228,8 +229,7 @@ class MDMPipeline(Pipeline):
 
     def _prompts(self, repeats: int, **columns) -> list[dict] | Iterator[dict]:
         """Every prompt `repeats` times; an iterator where they are to be read one by one."""
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"`num_return_sequences` is {repeats!r}; it must be a whole number, 1 or more.")
+        repeats = _whole("num_return_sequences", repeats)
         for name in ("text", "messages"):
             if _is_conversation(columns[name]):  # one, not a batch
                 columns[name] = [columns[name]]
@@ -282,7 +282,17 @@ class MDMPipeline(Pipeline):
 
 
 def _first_seed(seed: int | None) -> int:
-    return int(torch.randint(2**31, ()).item()) if seed is None else seed
+    return int(torch.randint(2**31, ()).item()) if seed is None else _whole("seed", seed, least=0)
+
+
+def _whole(name: str, value, least: int = 1) -> int:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number < 2**63:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more.")
+    return number
 
 
 def _is_conversation(value) -> bool:

@@ -172,7 +172,7 @@ class MDMProcessor(ProcessorMixin):
         columns = _columns(text=text, images=images, class_ids=class_ids)
         conversations = [self._as_messages(*row) for row in zip(*columns, strict=True)]
         prompts = [self._read(messages) for messages in conversations]
-        return self._encode(prompts, _modalities(generate), image_size, max_new_tokens, return_tensors)
+        return self._encode(prompts, as_modalities(generate), image_size, max_new_tokens, return_tensors)
 
     def apply_chat_template(
         self,
@@ -239,7 +239,8 @@ class MDMProcessor(ProcessorMixin):
                 f"Got a batch of {training} conversations with targets and {len(prompts) - training} without; need "
                 "all of one kind; split the batch."
             )
-        modalities = () if training else _modalities(("text",) if options["generate"] is None else options["generate"])
+        wanted = ("text",) if options["generate"] is None else options["generate"]
+        modalities = () if training else as_modalities(wanted)
         if not tokenize:
             rendered = self._render(prompts, modalities, chat_template, template_kwargs)
             return rendered if is_batch else rendered[0]
@@ -370,7 +371,9 @@ class MDMProcessor(ProcessorMixin):
         canvas = self.max_new_tokens if max_new_tokens is None else _positive("max_new_tokens", max_new_tokens)
         target_grid = self._grid(image_size)
         rendered = self._render(prompts, generate, chat_template, template_kwargs)
-        token_ids = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        # `expand_placeholders` refuses what is too long; the tokenizer's own warning would only foretell it.
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        token_ids = self.tokenizer(rendered, **options)["input_ids"]
 
         pictures = [image for prompt in prompts for image in prompt.images]
         pixels = self.image_processor(pictures) if pictures else {}
@@ -398,9 +401,11 @@ class MDMProcessor(ProcessorMixin):
         image_size = self.image_size if image_size is None else image_size
         if image_size is None:
             image_size = (self.image_processor.size.height, self.image_processor.size.width)
-        if len(image_size) != 2:
-            raise ValueError(f"Got image_size {tuple(image_size)}; need (height, width) in pixels.")
-        return list(self.image_processor.grid_of(*image_size))
+        try:
+            height, width = (operator.index(side) for side in image_size)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Got image_size {image_size}; need (height, width), whole numbers of pixels.") from error
+        return list(self.image_processor.grid_of(height, width))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholder of image `image_idx`, once per patch."""
@@ -455,9 +460,9 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
-def _modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
+def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
     """`generate` as a tuple; the template orders it."""
-    asked = (generate,) if isinstance(generate, str) else tuple(generate)
+    asked = (generate,) if isinstance(generate, str) or not isinstance(generate, Iterable) else tuple(generate)
     unknown = [one for one in asked if one not in MODALITIES]
     if unknown or not asked:
         got = repr(unknown[0]) if unknown else "nothing"
