@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mdm_hf import MDMPipeline
+from mdm_hf.evaluation.demo import with_truth
 from mdm_hf.evaluation.digits import DigitJudge, as_pixels, evaluate_digits, frechet_distance
 from mdm_hf.evaluation.pictures import picture_grid
 from mdm_hf.training.digits import all_questions_and_answers, caption, digit_named_in, load_digits_split
@@ -68,6 +69,13 @@ TASKS = (
     "image_and_text_agree",
     "prompt_to_image_and_text",
 )
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("a three", "a three (3)"), ("a nine", "a nine (WRONG: 3)"), ("", " (WRONG: 3)")]
+)
+def test_the_demo_shows_what_a_digit_truly_is(said, shown):
+    assert with_truth(said, 3) == shown
 
 
 def test_a_perfect_model_scores_one_up_to_the_judge():

@@ -6,7 +6,7 @@ from transformers import AutoModel, AutoProcessor
 
 import mdm_hf
 
-from ..training.digits import load_digits_split
+from ..training.digits import digit_named_in, load_digits_split
 from .pictures import picture_grid
 
 
@@ -34,14 +34,13 @@ def run_demo(model: str, output: Path, seed: int = 0) -> Path:
     """
     loaded = AutoModel.from_pretrained(model).eval()
     pipe = mdm_hf.MDMPipeline(loaded, AutoProcessor.from_pretrained(model))
-    held_out, _ = load_digits_split("heldout")
-    photos = held_out[:10]
+    photos, labels = (part[:10] for part in load_digits_split("heldout"))
     question = "which digit is this?"
     parts: tuple[tuple[str, dict], ...] = (
         ("Images and captions, generated together", {"text": [None] * 10, "generate": ("image", "text")}),
         ("Images from text", {"text": list(PROMPTS), "generate": "image"}),
-        ("Captions of digits it never saw", {"images": photos, "generate": "text"}),
-        (f'Answers to "{question}"', {"images": photos, "text": [question] * 10, "generate": "text"}),
+        ("Captions of digits it never saw (and what they are)", {"images": photos, "generate": "text"}),
+        (f'Answers to "{question}" (and what it is)', {"images": photos, "text": [question] * 10, "generate": "text"}),
     )
     cells: list[tuple] = []
     headings = {}
@@ -51,7 +50,14 @@ def run_demo(model: str, output: Path, seed: int = 0) -> Path:
         results = pipe(**conditions, seed=seed)
         shown = [r["images"][0] if r["images"] else photo for r, photo in zip(results, photos, strict=True)]
         captions = [r["text"][0] if r["text"] else prompt for r, prompt in zip(results, PROMPTS, strict=True)]
+        if "images" in conditions:
+            captions = [with_truth(said, digit) for said, digit in zip(captions, labels, strict=True)]
         cells += zip(shown, captions, strict=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid(cells, columns=10, headings=headings).save(output)
+    picture_grid(cells, columns=10, caption_lines=4, headings=headings).save(output)
     return output
+
+
+def with_truth(said: str, digit: int) -> str:
+    """What was said of a picture, and what the picture is."""
+    return f"{said} ({digit})" if digit_named_in(said) == digit else f"{said} (WRONG: {digit})"
