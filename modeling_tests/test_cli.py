@@ -39,11 +39,12 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
     [
         (["generate", "--steps", "0"], "`num_inference_steps` is 0"),
         (["generate", "--class-id", "12"], "12"),
+        (["generate", "--modality-lag", "2"], "`modality_lag` is 2.0; it must lie in [-1, 1]"),
         (["generate", "--image", "missing.png"], "'missing.png', which cannot be opened"),
         (["generate", "--image", __file__], "which holds no image that Pillow can read"),
         (["evaluate", "--num-samples", "3"], "needs at least 65"),
     ],
-    ids=["steps", "class", "file", "no-image", "samples"],
+    ids=["steps", "class", "lag", "file", "no-image", "samples"],
 )
 def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, capsys):
     assert main([*arguments, "--model", CARD]) == 2
@@ -52,11 +53,20 @@ def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, caps
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("model", ["model_cards/mdm-digits", "/no/such/folder", "./none"])
+@pytest.mark.parametrize("option", ["--max-steps", "--batch-size", "--save-every"])
+@pytest.mark.parametrize("given", ["0", "-2", "1.5", "ten"])
+def test_training_for_no_whole_number_of_steps_is_refused(option, given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--output-dir", "runs/none", option, given])
+    assert stop.value.code == 2
+    assert f"argument {option}: got '{given}'; need a whole number, 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["", "model_cards/mdm-digits", "/no/such/folder", "./none"])
 def test_a_model_folder_that_is_not_there_is_named(model, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--model", model]) == 2
-    assert f"Got {model}, which is no folder here" in capsys.readouterr().err
+    assert f"Got {model!r}, which is no folder here" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_any_sampling(capsys):

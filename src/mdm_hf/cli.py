@@ -16,11 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        model = getattr(options, "model", None) or getattr(options, "processor", None)
-        if not Path(model).is_dir() and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
+        name = "model" if "model" in options else "processor"
+        model = getattr(options, name)
+        is_folder = model != "" and Path(model).is_dir()
+        if not is_folder and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
             raise ValueError(
-                f"Got {model}, which is no folder here; give --{'model' if 'model' in options else 'processor'} a "
-                "folder or a Hub repository owner/name, or run this in the repository's root, where the default lies."
+                f"Got {model!r}, which is no folder here; give --{name} a folder or a Hub repository owner/name, or "
+                "run this in the repository's root, where the default lies."
             )
         options.run(options)
     except (
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
+    generate.add_argument(
+        "--modality-lag", type=float, help="1 the text is done before the image, 0 both at once (default: the model's)"
+    )
     generate.add_argument("--seed", type=int, help="of the first sample, n + seed of sample n (default: at random)")
     generate.add_argument(
         "--output", type=_picture, default="generated.png", help="picture grid (default: %(default)s)"
@@ -89,13 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
     train.add_argument("--output-dir", type=Path, required=True, help="gets checkpoint-*, samples/ and final/")
     train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
-    train.add_argument("--max-steps", type=int, default=34_000, help="optimiser steps (default: %(default)s)")
-    train.add_argument("--batch-size", type=int, default=64, help="conversations a step (default: %(default)s)")
+    train.add_argument("--max-steps", type=_count, default=34_000, help="optimiser steps (default: %(default)s)")
+    train.add_argument("--batch-size", type=_count, default=64, help="conversations a step (default: %(default)s)")
     train.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
     train.add_argument("--diffusion-loss", choices=DIFFUSION_LOSSES, help="MDMConfig.diffusion_loss")
     train.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
     train.add_argument(
-        "--save-every", type=int, default=2_000, help="steps between checkpoints (default: %(default)s)"
+        "--save-every", type=_count, default=2_000, help="steps between checkpoints (default: %(default)s)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
@@ -111,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of samples and wordings (default: %(default)s)")
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser
+
+
+def _count(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"got {given!r}; need a whole number, 1 or more")
+    return int(given)
 
 
 def _picture(name: str) -> Path:
@@ -146,6 +157,7 @@ def _generate(options) -> None:
         guidance_scale=options.guidance_scale,
         text_guidance_scale=options.text_guidance_scale,
         text_temperature=options.text_temperature,
+        modality_lag=options.modality_lag,
         seed=options.seed,
     )
     for result in results:

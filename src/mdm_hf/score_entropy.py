@@ -13,7 +13,8 @@ With Theorem 2's softmax both ratios sum to one, and Eq. 4 becomes the Kullback-
 text, Y is the vocabulary, and that is the cross-entropy. For images, Y are earlier states of the same position, and
 that is a function of delta alone, the weighted squared error in closed form.
 
-All functions return one value per position and average nothing over positions.
+All functions return one value per position and average nothing over positions. `normaliser`, `theorem1_log_ratio` and
+`log_ratio` are the paper's formulas as it writes them: no loss calls them, the tests hold the losses against them.
 """
 
 import math
