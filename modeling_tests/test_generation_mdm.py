@@ -58,7 +58,8 @@ def test_the_condition_cache_gives_the_hidden_states_of_the_full_run():
 
     for name, use_cache in (("cached", True), ("full", False)):
         handle = model.model.norm.register_forward_hook(remember(name))
-        model.generate(**inputs, generator=generators(range(3)), num_inference_steps=1, use_cache=use_cache)
+        options = {"num_inference_steps": 1, "modality_lag": 0.0, "use_cache": use_cache}
+        model.generate(**inputs, generator=generators(range(3)), **options)
         handle.remove()
     prefix, targets = seen["cached"]
     (full,) = seen["full"]
@@ -95,16 +96,17 @@ def test_what_a_stochastic_solver_draws_for_a_row_is_the_same_alone_and_in_a_bat
 
 
 @pytest.mark.parametrize("lag", [1.0, -1.0])
-@pytest.mark.parametrize("calls", [2, 3, 5, 7])
-def test_with_a_full_lag_every_call_moves_one_modality_even_if_their_number_is_odd(calls, lag):
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_with_a_full_lag_one_modality_takes_all_its_steps_before_the_other(steps, lag):
     times = []
     tiny_model().generate(
         **batch(["both"]),
         modality_lag=lag,
-        num_inference_steps=calls,
+        num_inference_steps=steps,
         callback_on_step_end=lambda model, step, after, state: times.append(after),
     )
     image, text = zip([1.0, 1.0], *times, strict=True)
+    assert len(times) == 2 * steps
     moves = [(a != b, c != d) for a, b, c, d in zip(image, image[1:], text, text[1:], strict=False)]
     assert all(sum(move) == 1 for move in moves)
     first = [move[1 if lag == 1 else 0] for move in moves]
@@ -227,7 +229,7 @@ def test_ids_of_any_integer_type_give_the_same_samples():
 
 
 @pytest.mark.parametrize("lag", [1.0, -1.0, 0.5, 0.0])
-def test_a_lag_orders_the_modalities_at_no_extra_call(lag):
+def test_a_lag_delays_one_modality_by_its_share_of_the_steps(lag):
     model = tiny_model()
     history = []
 
@@ -238,23 +240,23 @@ def test_a_lag_orders_the_modalities_at_no_extra_call(lag):
     handle = model.latent_head.register_forward_hook(lambda *a: calls.append(1))
     model.generate(**batch(["both"]), modality_lag=lag, num_inference_steps=8, callback_on_step_end=watch)
     handle.remove()
-    assert len(calls) == 8
+    assert len(calls) == round(8 * (1 + abs(lag)))
     moved = [
         [not torch.equal(a[0, part], b[0, part]) for a, b in zip(history, history[1:], strict=False)]
         for part in (slice(2, 8), slice(11, 16))  # patches and tokens of the target group
     ]
     image, text = moved
     if lag == 1:
-        assert text == [True] * 3 + [False] * 4
-        assert image == [False] * 3 + [True] * 4
+        assert text == [True] * 7 + [False] * 8
+        assert image == [False] * 7 + [True] * 8
     elif lag == -1:
-        assert image == [True] * 3 + [False] * 4
-        assert text == [False] * 3 + [True] * 4
+        assert image == [True] * 7 + [False] * 8
+        assert text == [False] * 7 + [True] * 8
     elif lag == 0:
         assert image == text == [True] * 7
     else:
-        assert text.index(False) > 3
-        assert image.index(True) > 0
+        assert text == [True] * 7 + [False] * 4
+        assert image == [False] * 3 + [True] * 8
 
 
 def test_guidance_of_one_is_no_guidance_and_moves_samples_otherwise():
@@ -425,7 +427,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"generator": 0}, "`generator` is 0; it must be a torch.Generator on the CPU, or one per row; for a seed"),
         ({"generator": [0]}, "`generator` is 0"),
         ({"text_temperature": 1e-45}, "The text latents decode to NaN or infinity; lower `guidance_scale`, bring"),
-        ({"guidance_scale": 1e38}, "The text latents decode to NaN or infinity"),
+        ({"guidance_scale": 1e300}, "The text latents decode to NaN or infinity"),
         ({"callback_on_step_end": lambda *a: 3}, "`callback_on_step_end` returned 3; it must return None or {"),
         ({"callback_on_step_end": lambda *a: {"latents": 3}}, "`callback_on_step_end` returned 3"),
         (

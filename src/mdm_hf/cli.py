@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to make (default: text if there is an --image, else both)",
     )
     generate.add_argument("--num-samples", type=int, default=1, help="samples (default: %(default)s)")
-    generate.add_argument("--steps", type=int, help="network calls (default: the model's)")
+    generate.add_argument("--steps", type=int, help="solver steps of each modality (default: the model's)")
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     evaluate.add_argument("--num-samples", type=int, default=500, help="samples per task (default: %(default)s)")
-    evaluate.add_argument("--steps", type=int, default=20, help="network calls a sample (default: %(default)s)")
+    evaluate.add_argument("--steps", type=int, default=20, help="solver steps of each modality (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")

@@ -2,8 +2,8 @@
 
 Every modality follows its own time grid, driven by its own copy of one diffusers solver:
 
-    network call    1   2   3   ...                    N
-    text            [t = 1 ............ 0]                      both grids fill all N calls without a lag;
+    network call    1   2   3   ...
+    text            [t = 1 ............ 0]                      N solver steps each; without a lag in the same N calls,
     image                    [t = 1 ............ 0]             with lag 1 the text is done when the image starts
 
 Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
@@ -12,7 +12,6 @@ prefix keeps only the class token ("none") and the assistant's role; a modality 
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,13 +52,14 @@ class MDMGenerationConfig(GenerationConfig):
     """How [`MDMForMultiModalGeneration.generate`] samples.
 
     Args:
-        num_inference_steps: Network calls per sample.
+        num_inference_steps: Solver steps of each modality, each a network call; both may move in the same one.
         guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
         text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
         text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
             likelier tokens sooner.
-        modality_lag: Where image and text are generated together, how far one runs ahead: 0 both at once, 1 the text
-            is done before the image starts, -1 the reverse. The number of calls stays `num_inference_steps`.
+        modality_lag: Where image and text are generated together, by what share of its steps one runs ahead: 0 both
+            at once, 1 the text is done before the image starts, -1 the reverse. It takes `num_inference_steps * (1 +
+            |modality_lag|)` network calls.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -255,7 +255,7 @@ class MDMGenerationMixin:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
         tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start
-        steps = range(config.num_inference_steps)
+        steps = range(max(track.last for track in tracks))
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
             z_0 = view.predict(z, tracks, step)
             for track in tracks:
@@ -369,19 +369,15 @@ class MDMGenerationMixin:
         return solver, times
 
     def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:
-        calls, lag = config.num_inference_steps, config.modality_lag
+        steps, lag = config.num_inference_steps, config.modality_lag
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
         has_both = (image.any(1) & text.any(1)).unsqueeze(1)
-        share = calls * (1 - abs(lag) / 2)
-        ahead, behind = math.ceil(share), max(1, math.floor(share))  # together all calls, without a gap
+        delay = round(steps * abs(lag))
         tracks = []
         for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
-            for rows, length, first in (
-                (~has_both, calls, 0),
-                (has_both, *((ahead, 0) if is_first else (behind, calls - behind))),
-            ):
+            for rows, first in ((~has_both, 0), (has_both, 0 if is_first else delay)):
                 if bool((mask & rows).any()):
-                    solver, times = self._solver_for(scheduler, modality, length)
+                    solver, times = self._solver_for(scheduler, modality, steps)
                     at = (mask & rows).nonzero(as_tuple=True)
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[row] for row in at[0].tolist()] if draws else None

@@ -178,7 +178,7 @@ class MDMPipeline(Pipeline):
 
         Yields:
             After each network call the list that the call returns, of what the samples would be if the network were
-            right; at last the list of the samples themselves. `num_inference_steps` lists in all.
+            right; at last the list of the samples themselves.
 
         Raises:
             ValueError: as a call; prompts that are neither values nor lists.
