@@ -378,11 +378,11 @@ class MDMGenerationMixin:
             for rows, first in ((~has_both, 0), (has_both, 0 if is_first else delay)):
                 if bool((mask & rows).any()):
                     solver, times = self._solver_for(scheduler, modality, steps)
-                    at = (mask & rows).nonzero(as_tuple=True)
+                    row, place = (mask & rows).nonzero(as_tuple=True)
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
-                    of_target = [generators[row] for row in at[0].tolist()] if draws else None
+                    of_target = [generators[i] for i in row.tolist()] if draws else None
                     on_rows = (mask & rows).any(1)
-                    tracks.append(_Track(level, on_rows, at, of_target, first, solver, times))
+                    tracks.append(_Track(level, on_rows, (row, place), of_target, first, solver, times))
         return tracks
 
     def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
