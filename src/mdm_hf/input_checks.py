@@ -3,7 +3,8 @@
 Inputs are checked once, before the first layer: nothing here runs inside the denoising loop, nor while compiling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,13 @@ def check_inputs(
     class_ids: Tensor | None = None,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
-    options: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ValueError for inputs that do not fit together, and for `options` that no model knows."""
     if torch.compiler.is_compiling():
         return
-    if unknown := sorted(set(options) - FORWARD_OPTIONS):
+    given = {name for name, value in (options or {}).items() if value is not None}  # PEFT adds its own as None
+    if unknown := sorted(given - FORWARD_OPTIONS):
         raise ValueError(f"`forward` got the unknown argument(s) {unknown}; check the spelling, or leave them out.")
     _check_tokens(config, input_ids, attention_mask, target_mask)
     b, l = input_ids.shape
