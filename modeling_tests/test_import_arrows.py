@@ -23,7 +23,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mdm_hf"
 
-OPS = {"noise_schedule", "scan_switch", "causal_conv", "ssd", "fused_scan", "score_entropy"}
+OPS = {
+    "noise_schedule",
+    "custom_ops",
+    "scan_switch",
+    "causal_conv",
+    "ssd_chunks",
+    "ssd",
+    "fused_scan",
+    "score_entropy",
+}
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm"}
@@ -33,11 +42,13 @@ PROCESSING = {"image_processing_mdm", "processing_mdm"}
 ARROWS: dict[str, set[str]] = {
     "configuration_mdm": set(),
     "noise_schedule": set(),
-    "scan_switch": set(),
-    "causal_conv": set(),
-    "ssd": {"ssd_kernels"},
-    "ssd_kernels": set(),
-    "fused_scan": {"causal_conv", "scan_switch", "ssd_kernels"},
+    "custom_ops": set(),
+    "scan_switch": {"custom_ops"},
+    "causal_conv": {"custom_ops"},
+    "ssd_chunks": set(),
+    "ssd_kernels": {"custom_ops"},
+    "ssd": {"custom_ops", "ssd_chunks", "ssd_kernels"},
+    "fused_scan": {"custom_ops", "causal_conv", "scan_switch", "ssd_kernels"},
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
     "input_checks": CONFIGURATION | {"sequence_layout"},

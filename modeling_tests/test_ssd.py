@@ -9,9 +9,11 @@ from unittest import mock
 import pytest
 import torch
 from gradients import assert_near, gradients, weights_like
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from mdm_hf import ssd as ssd_module
+from mdm_hf import ssd_chunks
 from mdm_hf.causal_conv import causal_conv
 from mdm_hf.ssd import ssd, ssd_oracle
 
@@ -86,7 +88,7 @@ def test_the_chunk_size_does_not_change_the_result(length, chunk_size):
 
 @pytest.mark.parametrize("elements", [1, 2_000, 10_000], ids=lambda e: f"blocks-of-{e}")
 def test_how_the_work_is_cut_into_blocks_does_not_change_the_result(monkeypatch, elements):
-    monkeypatch.setattr(ssd_module, "BLOCK_ELEMENTS_CPU", elements)
+    monkeypatch.setattr(ssd_chunks, "BLOCK_ELEMENTS_CPU", elements)
     assert_equals_oracle(inputs(65, b=5), 1e-9, chunk_size=16)
 
 
@@ -176,6 +178,24 @@ def test_gradcheck_passes(chunk_size):
     assert torch.autograd.gradcheck(scan, tuple(values.values()))
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "from-a-state"])
+def test_what_was_traced_without_gradients_differentiates_as_well(initial):
+    """The trace keeps no states for a backward; the backward computes them."""
+    values = inputs(130, skip=False, initial=initial)
+    traced = make_fx(lambda tensors: ssd(**tensors))({name: value.detach() for name, value in values.items()})
+    assert_near(gradients(values, (traced(values),)), gradients(values, (ssd(**values),)), 1e-12)
+
+
+@pytest.mark.parametrize("forgetful", [0.01, 1.0], ids=["little-forgetting", "much-forgetting"])
+def test_a_device_without_float64_loses_digits_at_most(monkeypatch, forgetful):
+    monkeypatch.setattr(ssd_chunks, "WITHOUT_FLOAT64", ("cpu",))
+    values = inputs(100, dtype=torch.float32)
+    with torch.no_grad():
+        values["A"].fill_(-16)
+        values["dt"].fill_(forgetful)
+    assert_equals_oracle(values, 1e-4)
+
+
 def test_a_second_derivative_is_refused():
     values = inputs(6, initial=False)
     (first,) = torch.autograd.grad(ssd(**values).square().sum(), values["x"], create_graph=True)
@@ -245,10 +265,9 @@ def test_the_custom_op_passes_torchs_own_check(length):
     torch.library.opcheck(ssd_module.ssd_forward, (*tensors, 8, True, True), test_utils=checks)
     tensors[-1] = tensors[-1].mT.contiguous().mT.detach().requires_grad_()  # a state of other strides
     torch.library.opcheck(ssd_module.ssd_forward, (*tensors, 8, True, True), test_utils=checks)
-    state = tensors[-1].detach()
     y, _, states = (value.detach() for value in ssd_module.ssd_forward(*tensors, 8, True, True))
-    leaves = [value.detach() for value in tensors[:-1]]
-    torch.library.opcheck(ssd_module.ssd_backward, (y, state, *leaves, states, 8), test_utils=checks[::2])
+    leaves = [value.detach() for value in tensors]
+    torch.library.opcheck(ssd_module.ssd_backward, (y, leaves[-1], *leaves, states, 8), test_utils=checks[::2])
 
 
 @pytest.mark.parametrize("forgetful", [1.0, 10.0, 100.0])
@@ -284,6 +303,10 @@ def test_a_second_copy_of_the_file_leaves_the_first_alone():
         ({"B": (2, 6, 3)}, r"`B` has shape \(2, 6, 3\); `x` needs \(2, 6, g, n\)"),
         ({"B": (2, 6, 3, 3), "C": (2, 6, 3, 3)}, r"4 heads, not a multiple of the 3 groups"),
         ({"C": (2, 6, 2, 4)}, r"`C` has shape \(2, 6, 2, 4\).* need \(2, 6, 2, 3\)"),
+        (
+            {"B": (2, 6, 2, 0), "C": (2, 6, 2, 0)},
+            r"`B` has shape \(2, 6, 2, 0\); ssd needs at least one",
+        ),
         ({"dt": (2, 6, 1)}, r"`dt` has shape \(2, 6, 1\).* need \(2, 6, 4\)"),
         ({"A": (4, 3)}, r"`A` has shape \(4, 3\).* need \(4,\)"),
         ({"D": (4, 5)}, r"`D` has shape \(4, 5\).* need \(4,\)"),
@@ -297,6 +320,16 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_one_needed(change, messag
     values |= {name: torch.zeros(shape) for name, shape in change.items()}
     with pytest.raises(ValueError, match=message):
         ssd(**values)
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "initial_states"])
+def test_whole_numbers_and_another_device_are_refused(name):
+    values = {n: value.detach() for n, value in inputs(6).items()}
+    with pytest.raises(ValueError, match=rf"`{name}` is torch.int64; ssd needs floating point: pass `{name}"):
+        ssd(**values | {name: values[name].long()})
+    if name != "x":
+        with pytest.raises(ValueError, match=rf"`{name}` is on meta, `x` on cpu; move `{name}`"):
+            ssd(**values | {name: values[name].to("meta")})
 
 
 def test_a_chunk_size_below_one_is_refused():

@@ -1,8 +1,10 @@
 """Claims about the Triton kernels, ours and mamba-ssm's, against float64. Run by ../test_ssd_kernels.py."""
 
+import sys
+
 import pytest
 import torch
-from gradients import assert_near, gradients
+from gradients import assert_near, gradients, weights_like
 from tiny import batch, fixed_noise, generators, tiny_model
 from torch.nn import functional as F
 
@@ -10,12 +12,16 @@ from mdm_hf import fused_scan, ssd_kernels
 from mdm_hf.ssd import ssd, ssd_oracle
 
 
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCES)
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Every call takes the kernels, on whatever device."""
     for module in (fused_scan, ssd_kernels):
         monkeypatch.setattr(module, "takes_kernels", lambda x: x.dtype in ssd_kernels.KERNEL_DTYPES)
-    assert ssd_kernels.mamba_chunk_scan() is not None
+    assert ssd_kernels.mamba_ssd() is not None
 
 
 def leaves(dtype=torch.float64, **shapes):
@@ -51,14 +57,36 @@ def test_mamba_ssm_called_as_we_call_it_equals_the_oracle(kernels, length, optio
     got = ssd(**values, chunk_size=16, return_final_states=True)
     expected = ssd_oracle(**exact, return_final_states=True)
     assert_near(dict(enumerate(got)), dict(enumerate(expected)), 1e-5)
-    weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for value in got]
-    assert_near(
-        gradients(values, got, weights), gradients(exact, expected, [weight.double() for weight in weights]), 1e-5
-    )
+    weights = weights_like(*got)
+    assert_near(gradients(values, got, weights), gradients(exact, expected, [w.double() for w in weights]), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("width", [1, 2, 4], ids=lambda w: f"w{w}")
+@pytest.mark.parametrize("has_mamba", [True, False], ids=["mamba-ssm", "no-mamba-ssm"])
+def test_compiled_in_one_graph_the_kernels_run_forward_and_backward(kernels, monkeypatch, has_mamba):
+    if not has_mamba:
+        monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    ssd_kernels.mamba_ssd.cache_clear()  # as in a fresh process: the compiled call is the first to look
+    h, p, n, length = 2, 16, 16, 20
+    order, rank = orders(1, length, 1)
+    shapes = {"x": (1, length, h, p), "dt": (1, length, h), "A": (h,), "B": (1, length, 1, n), "C": (1, length, 1, n)}
+    shapes |= {"weight": (1, h * p, 4), "bias": (1, h * p), "z": (1, length, h * p), "scale": (h * p,)}
+    values = leaves(torch.float32, **shapes)
+
+    def layer(x, dt, A, B, C, weight, bias, z, scale):
+        x = fused_scan.scan_conv(x.flatten(2), order, rank, weight, bias).view(x.shape)
+        y, state = ssd(x, F.softplus(dt), -A.exp(), B, C, 16, return_final_states=True)
+        return fused_scan.merge_gate_norm(y.flatten(2).unsqueeze(2), order, rank, z, scale, 1e-5), state
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(**values)
+    found = {"y": compiled[0], "state": compiled[1]} | gradients(values, compiled)
+    assert (ssd_kernels.mamba_ssd() is not None) is has_mamba
+    eager = layer(**values)
+    assert_near(found, {"y": eager[0], "state": eager[1]} | gradients(values, eager), 1e-6)
+    ssd_kernels.mamba_ssd.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 4, 6], ids=lambda w: f"w{w}")
 @pytest.mark.parametrize(("length", "k"), [(1, 1), (3, 4), (45, 2)])
 @pytest.mark.parametrize("has_history", [False, True], ids=["from-zeros", "history"])
 def test_the_fused_scan_and_convolution_equal_the_plain_ops(kernels, length, k, width, has_history, dtype):
@@ -72,29 +100,33 @@ def test_the_fused_scan_and_convolution_equal_the_plain_ops(kernels, length, k, 
     def run(x, weight, bias, history=None):  # of a slice, as the mixer has it
         return (fused_scan.scan_conv(x[..., 3:-3], order, rank, weight, bias, history),)
 
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    tolerance = TOLERANCES[dtype]
     got, expected = run(**values), run(**exact)
     assert got[0].dtype == dtype
     assert_near(dict(enumerate(got)), dict(enumerate(expected)), tolerance)
-    weights = [torch.ones_like(got[0])]
+    weights = weights_like(*got)
     assert_near(gradients(values, got, weights), gradients(exact, expected, [w.double() for w in weights]), tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["one-dtype", "fp32-weight"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "k", "c"), [(1, 1, 8), (5, 4, 70), (33, 2, 64)])
-def test_the_fused_merge_gate_and_norm_equal_the_plain_ops(kernels, length, k, c, dtype):
+def test_the_fused_merge_gate_and_norm_equal_the_plain_ops(kernels, length, k, c, dtype, is_mixed):
     b = 2
     order, rank = orders(b, length, k)
     values = leaves(dtype, y=(b, length, k, c), z=(b, length, c + 5), weight=(c,))
+    if is_mixed:
+        values |= leaves(torch.float32, weight=(c,))
     exact = doubles(values)
 
     def run(y, z, weight):
         return (fused_scan.merge_gate_norm(y, order, rank, z[..., 2:-3], weight, 1e-5),)
 
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    tolerance = TOLERANCES[dtype]
     got, expected = run(**values), run(**exact)
+    assert got[0].dtype == dtype
     assert_near(dict(enumerate(got)), dict(enumerate(expected)), tolerance)
-    weights = [torch.ones_like(got[0])]
+    weights = weights_like(*got)
     assert_near(gradients(values, got, weights), gradients(exact, expected, [w.double() for w in weights]), tolerance)
 
 
@@ -106,7 +138,7 @@ def test_the_custom_ops_pass_torchs_own_check(op):
         arguments = (values["x"], order, rank, values["weight"], values["bias"], values["history"])
     else:
         values = leaves(torch.float32, y=(1, 4, 2, 8), z=(1, 4, 8), weight=(8,))
-        arguments = (values["y"], order, rank, values["z"], values["weight"], 1e-5)
+        arguments = (values["y"], rank, values["z"], values["weight"], 1e-5)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(ssd_kernels, f"{op}_kernel"), arguments, test_utils=checks)
 

@@ -9,11 +9,12 @@ Symbols
 import torch
 from torch import Tensor
 
+from .custom_ops import namespace_of, refuse_second_derivative, refuse_tangents
+
 
 # Elements of a (b, l, c) tensor worked on at a time; on a CPU per thread, few enough to stay in its cache.
 TILE_ELEMENTS_CPU, TILE_ELEMENTS = 1 << 17, 1 << 24
-# One namespace of custom ops per copy of this file: one that came with weights from the Hub may be of another version.
-NAMESPACE = "".join(letter if letter.isalnum() else "_" for letter in __name__)
+NAMESPACE = namespace_of(__name__)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, history: Tensor | None = None) -> Tensor:
@@ -30,7 +31,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, history: 
 
     Raises:
         ValueError: A shape does not fit the others.
+        RuntimeError: A tensor carries a tangent of forward-mode differentiation.
     """
+    refuse_tangents("causal_conv", x, weight, bias, history)
     if x.dim() != 3:
         raise ValueError(f"`x` has shape {tuple(x.shape)}; causal_conv needs (b, l, c): flatten the channels.")
     if x.numel() == 0:
@@ -133,12 +136,5 @@ def differentiate(ctx, dy):
     return dx, d_weight.to(weight.dtype), d_bias, d_history
 
 
-def refuse(ctx, *grads):
-    raise RuntimeError(
-        "Got a second derivative of causal_conv; its backward is written by hand and has none: differentiate torch's "
-        "conv1d instead."
-    )
-
-
 conv_forward.register_autograd(differentiate, setup_context=keep_for_backward)
-conv_backward.register_autograd(refuse)
+conv_backward.register_autograd(refuse_second_derivative("causal_conv", instead="torch's conv1d"))

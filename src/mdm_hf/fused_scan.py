@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .causal_conv import causal_conv
+from .custom_ops import refuse_tangents
 from .scan_switch import scan, unscan
 from .ssd_kernels import merge_gate_norm_kernel, scan_conv_kernel, takes_kernels
 
@@ -30,6 +31,7 @@ def scan_conv(
     Returns:
         (b, l, k, c) in the dtype of x.
     """
+    refuse_tangents("scan_conv", x, weight, bias, history)
     if takes_kernels(x):
         return scan_conv_kernel(x, order, rank, weight, bias, history)
     read = scan(x, order, rank)
@@ -50,7 +52,8 @@ def merge_gate_norm(y: Tensor, order: Tensor, rank: Tensor, z: Tensor, weight: T
     Returns:
         (b, l, c) in the dtype of z.
     """
+    refuse_tangents("merge_gate_norm", y, z, weight)
     if takes_kernels(y):
-        return merge_gate_norm_kernel(y, order, rank, z, weight, eps)
+        return merge_gate_norm_kernel(y, rank, z, weight, eps)
     gated = unscan(y, order, rank) * F.silu(z)
-    return F.rms_norm(gated.float(), gated.shape[-1:], eps=eps).to(gated.dtype) * weight
+    return (F.rms_norm(gated.float(), gated.shape[-1:], eps=eps) * weight).to(z.dtype)

@@ -16,11 +16,12 @@ the target group in every direction; padding comes last.
 import torch
 from torch import Tensor
 
+from .custom_ops import namespace_of, refuse_tangents
+
 
 NUM_IMAGE_ORDERS = 4
 NUM_TEXT_ORDERS = 2
-# One namespace of custom ops per copy of this file: one that came with weights from the Hub may be of another version.
-NAMESPACE = "".join(letter if letter.isalnum() else "_" for letter in __name__)
+NAMESPACE = namespace_of(__name__)
 
 
 def image_scan_order(height: int, width: int, direction: int) -> Tensor:
@@ -133,9 +134,11 @@ _unscan.register_autograd(lambda ctx, grad: (_scan(grad, *ctx.saved_tensors), No
 
 def scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
     """Reads `x` (b, l, c) in every direction: out[b, i, k] = x[b, order[b, i, k]]: (b, l, k, c)."""
+    refuse_tangents("scan", x)
     return _scan(x, order, rank)
 
 
 def unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
     """Puts `y` (b, l, k, c) back in place and sums over the directions: out[b, j] = sum_k y[b, rank[b, j, k], k]."""
+    refuse_tangents("unscan", y)
     return _unscan(y, order, rank)

@@ -1,8 +1,8 @@
 """The only file that knows kernel packages: mamba-ssm's Triton SSD, and Triton kernels for what stands around it.
 
 None is needed. A call takes a kernel if its tensors are on a CUDA device, in fp32, bf16 or fp16, and the package can
-be imported; `ssd.py` and `fused_scan.py` have the same in plain PyTorch. `MDM_FORCE_TORCH=1` in the environment turns
-all kernels off.
+be imported; `ssd_chunks.py` and `fused_scan.py` have the same in plain PyTorch. `MDM_FORCE_TORCH=1` in the environment
+turns all kernels off.
 
 Symbols
     b, l, k, c     batch, length, scan directions, channels; w taps of the convolution
@@ -17,10 +17,13 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
+
+from .custom_ops import namespace_of
 
 
 try:
@@ -32,37 +35,63 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-SSD_ARGUMENTS = {"x", "dt", "A", "B", "C", "chunk_size", "D", "initial_states", "return_final_states"}
+FORWARD_ARGUMENTS = {"x", "dt", "A", "B", "C", "chunk_size", "D", "initial_states"}
+BACKWARD_ARGUMENTS = FORWARD_ARGUMENTS | {"dout", "out", "dfinal_states"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One namespace of custom ops per copy of this file: one that came with weights from the Hub may be of another version.
-NAMESPACE = "".join(letter if letter.isalnum() else "_" for letter in __name__)
+NAMESPACE = namespace_of(__name__)
 
 
 def takes_kernels(x: Tensor) -> bool:
     """Whether calls on `x` may go to Triton kernels at all."""
-    is_forced_off = os.environ.get("MDM_FORCE_TORCH", "0").lower() not in ("", "0", "false")
+    is_forced_off = os.environ.get("MDM_FORCE_TORCH", "").lower() not in ("", "0", "false", "no", "off")
     return x.is_cuda and x.dtype in KERNEL_DTYPES and triton is not None and not is_forced_off
 
 
-def find_ssd_kernel(x: Tensor) -> Callable | None:
-    """`mamba_chunk_scan_combined`, if a call on `x` can go to it."""
-    return mamba_chunk_scan() if takes_kernels(x) else None
+class SSDKernel(NamedTuple):
+    """mamba-ssm's fused SSD, both passes apart: inside a custom op autograd would not put them together."""
+
+    forward_function: Callable
+    backward_function: Callable
+
+    def forward(self, x, dt, A, B, C, D, initial_states, chunk_size: int) -> tuple[Tensor, Tensor]:
+        """y and the final state."""
+        y, *_, final_state = self.forward_function(
+            x=x, dt=dt, A=A, B=B, C=C, D=D, initial_states=initial_states, chunk_size=chunk_size
+        )
+        return y, final_state
+
+    def backward(self, dy, d_state, x, dt, A, B, C, D, initial_states, chunk_size: int) -> tuple:
+        """Gradients of x, dt, A, B, C, D and of the state before the first step."""
+        # Where there is no gate, no more is asked of `out` than its shape.
+        arguments = {"dout": dy, "out": dy, "dfinal_states": d_state, "initial_states": initial_states}
+        dx, ddt, dA, dB, dC, dD, _, _, d_initial, *_ = self.backward_function(
+            x=x, dt=dt, A=A, B=B, C=C, D=D, chunk_size=chunk_size, **arguments
+        )
+        return dx, ddt, dA, dB, dC, torch.zeros_like(dA) if D is None else dD.to(dA.dtype), d_initial
+
+
+def find_ssd_kernel(x: Tensor) -> SSDKernel | None:
+    """mamba-ssm's kernel, if a call on `x` can go to it."""
+    return mamba_ssd() if takes_kernels(x) else None
 
 
 @functools.cache
-def mamba_chunk_scan() -> Callable | None:
+def mamba_ssd() -> SSDKernel | None:
     """mamba-ssm's fused SSD, or None, with a warning that says why. Known by its arguments: versions do not tell."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        logger.warning(
-            "mamba-ssm is not installed: the SSD on the GPU runs in plain PyTorch. See docs/performance.md."
-        )
-        return None
     try:
-        kernel = _import_ssd_combined().mamba_chunk_scan_combined
-    except (ImportError, AttributeError) as error:
-        logger.warning(f"mamba-ssm is installed, but cannot be used ({error}): the SSD on the GPU runs in PyTorch.")
+        if importlib.util.find_spec("mamba_ssm") is None:
+            logger.warning(
+                "mamba-ssm is not installed: the SSD on the GPU runs in plain PyTorch. See docs/performance.md."
+            )
+            return None
+        module = _import_ssd_combined()
+        kernel = SSDKernel(module._mamba_chunk_scan_combined_fwd, module._mamba_chunk_scan_combined_bwd)
+        needed = zip(kernel, (FORWARD_ARGUMENTS, BACKWARD_ARGUMENTS), strict=True)
+        missing = set().union(*(names - set(inspect.signature(function).parameters) for function, names in needed))
+    except Exception as error:  # whatever an installation that does not fit this machine raises
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning(f"mamba-ssm is installed, but cannot be used ({reason}): the SSD on the GPU runs in PyTorch.")
         return None
-    missing = SSD_ARGUMENTS - set(inspect.signature(kernel).parameters)
     if missing:
         logger.warning(f"mamba-ssm's SSD lacks {sorted(missing)}: it is not used; install a version that has them.")
         return None
@@ -111,8 +140,8 @@ if triton is not None:
         x, order, weight, bias, history, y, l, channels, K, x_row, x_step,
         W: tl.constexpr, HAS: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
     ):  # fmt: skip
-        b, k = (tl.program_id(2) // K).to(tl.int64), tl.program_id(2) % K
-        i, c = tl.program_id(0) * L + tl.arange(0, L), tl.program_id(1) * C + tl.arange(0, C)
+        b, k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+        i, c = tl.program_id(1) * L + tl.arange(0, L), tl.program_id(2) * C + tl.arange(0, C)
         is_channel = c < channels
         total = tl.zeros((L, C), tl.float32) + tl.load(bias + k * channels + c, mask=is_channel, other=0.0)[None, :]
         for j in tl.static_range(W):
@@ -129,8 +158,8 @@ if triton is not None:
         W: tl.constexpr, HAS: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
     ):  # fmt: skip
         """The gradient before SiLU, and this program's share of the gradients of taps and bias."""
-        b, k = (tl.program_id(2) // K).to(tl.int64), tl.program_id(2) % K
-        i, c = tl.program_id(0) * L + tl.arange(0, L), tl.program_id(1) * C + tl.arange(0, C)
+        b, k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+        i, c = tl.program_id(1) * L + tl.arange(0, L), tl.program_id(2) * C + tl.arange(0, C)
         is_channel = c < channels
         total = tl.zeros((L, C), tl.float32) + tl.load(bias + k * channels + c, mask=is_channel, other=0.0)[None, :]
         for j in tl.static_range(W):
@@ -143,7 +172,7 @@ if triton is not None:
         gate = tl.sigmoid(total)
         d = tl.load(dy + offset, mask=is_real, other=0.0).to(tl.float32) * gate * (1 + total * (1 - gate))
         tl.store(d_total + offset, d, mask=is_real)
-        share = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (W + 1)
+        share = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (W + 1)
         for j in tl.static_range(W):
             value = _load_before(x, order, history, b, k, i, c, l, channels, K, x_row, x_step, j, W, HAS)
             tl.store(sums + (share + j) * channels + c, tl.sum(d * value, axis=0), mask=is_channel)
@@ -154,8 +183,8 @@ if triton is not None:
         d_total, rank, weight, dx, l, channels, K, W: tl.constexpr, L: tl.constexpr, C: tl.constexpr
     ):
         """dx of a position: from every direction and every tap that read it."""
-        b = tl.program_id(2).to(tl.int64)
-        p, c = tl.program_id(0) * L + tl.arange(0, L), tl.program_id(1) * C + tl.arange(0, C)
+        b = tl.program_id(0).to(tl.int64)
+        p, c = tl.program_id(1) * L + tl.arange(0, L), tl.program_id(2) * C + tl.arange(0, C)
         is_position, is_channel = p < l, c < channels
         total = tl.zeros((L, C), tl.float32)
         for k in range(K):
@@ -243,8 +272,9 @@ def _strides(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _conv_grid(steps: int, channels: int, rows: int) -> tuple[int, int, int]:
-    return triton.cdiv(steps, BLOCK_STEPS), triton.cdiv(channels, BLOCK_CHANNELS), rows
+def _conv_grid(rows: int, steps: int, channels: int) -> tuple[int, int, int]:
+    """Rows first: a CUDA grid holds 2^31 - 1 blocks that way, and 65,535 each of the other two."""
+    return rows, triton.cdiv(steps, BLOCK_STEPS), triton.cdiv(channels, BLOCK_CHANNELS)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan_conv", mutates_args=())
@@ -258,7 +288,7 @@ def scan_conv_kernel(
     x, row, step = _strides(x)
     y = x.new_empty(b, l, K, channels)
     tail = x if history is None else history.contiguous()
-    _scan_conv_kernel[_conv_grid(l, channels, b * K)](
+    _scan_conv_kernel[_conv_grid(b * K, l, channels)](
         x, order.contiguous(), weight.contiguous(), bias.contiguous(), tail, y, l, channels, K, row, step,
         W=W, HAS=history is not None, L=BLOCK_STEPS, C=BLOCK_CHANNELS,
     )  # fmt: skip
@@ -280,22 +310,20 @@ def scan_conv_backward(
     order, rank, weight, bias = (value.contiguous() for value in (order, rank, weight, bias))
     tail = x if history is None else history.contiguous()
     d_total = x.new_empty(b, l, K, channels)
-    grid = _conv_grid(l, channels, b * K)
-    sums = x.new_empty(b, K, grid[0], W + 1, channels, dtype=torch.float32)
+    grid = _conv_grid(b * K, l, channels)
+    sums = x.new_empty(b, K, grid[1], W + 1, channels, dtype=torch.float32)
     _scan_conv_backward_kernel[grid](
         dy.contiguous(), x, order, weight, bias, tail, d_total, sums, l, channels, K, row, step,
         W=W, HAS=history is not None, L=BLOCK_STEPS, C=BLOCK_CHANNELS,
     )  # fmt: skip
     dx = x.new_empty(b, l, channels)
-    _scan_conv_dx_kernel[_conv_grid(l, channels, b)](
+    _scan_conv_dx_kernel[_conv_grid(b, l, channels)](
         d_total, rank, weight, dx, l, channels, K, W=W, L=BLOCK_STEPS, C=BLOCK_CHANNELS
     )
     sums = sums.sum((0, 2))  # (k, w + 1, c)
     d_history = x.new_zeros(0 if history is None else history.shape, dtype=torch.float32)
     for before in range(W - 1) if history is not None else ():
-        for j in range(
-            max(0, before - l + 1), before + 1
-        ):  # step `before` of the history meets tap j in step before - j
+        for j in range(max(0, before - l + 1), before + 1):  # meets tap j in step before - j
             d_history[:, before] += weight[..., j].float() * d_total[:, before - j].float()
     return dx, sums[:, :W].transpose(1, 2).contiguous(), sums[:, W].clone(), d_history
 
@@ -320,7 +348,7 @@ def _differentiate_scan_conv(ctx, dy):
 
 @torch.library.custom_op(f"{NAMESPACE}::merge_gate_norm", mutates_args=())
 @on_its_device
-def merge_gate_norm_kernel(y: Tensor, order: Tensor, rank: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+def merge_gate_norm_kernel(y: Tensor, rank: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm(unscan(y) * silu(z)) * weight: y (b, l, k, c), rank (b, l, k), z (b, l, c), weight (c) -> (b, l, c).
     Sums in fp32."""
     b, l, K, channels = y.shape
@@ -334,7 +362,7 @@ def merge_gate_norm_kernel(y: Tensor, order: Tensor, rank: Tensor, z: Tensor, we
 
 
 @merge_gate_norm_kernel.register_fake
-def _(y, order, rank, z, weight, eps):
+def _(y, rank, z, weight, eps):
     return z.new_empty(z.shape)
 
 
@@ -366,9 +394,9 @@ def _keep_for_merge(ctx, inputs, output):
 
 
 def _differentiate_merge(ctx, d_out):
-    y, _, rank, z, weight = ctx.saved_tensors
+    y, rank, z, weight = ctx.saved_tensors
     dy, dz, d_weight = merge_gate_norm_backward(d_out, y, rank, z, weight, ctx.eps)
-    return dy, None, None, dz, d_weight.to(weight.dtype), None
+    return dy, None, dz, d_weight.to(weight.dtype), None
 
 
 scan_conv_kernel.register_autograd(_differentiate_scan_conv, setup_context=_keep_for_scan_conv)
