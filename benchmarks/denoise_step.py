@@ -145,6 +145,7 @@ def one_block(options, device: str, length: int = 1024, **overrides):
     inputs = prompt_and_targets(model.config, 0, round(length**0.5), device)
     layout = model.layout(inputs["input_ids"], inputs["image_grid_hw"], None, inputs["target_mask"])
     plan = plan_scans(model.config, layout, image_of_each_row(layout))
+    plan = plan.alternating()[0] if model.config.scan_sharing == "alternate" else plan
     h = torch.randn(1, inputs["input_ids"].shape[1], model.config.hidden_size, device=device)
     block = model.layers[0]
     return torch.no_grad()(lambda: block(h, plan))

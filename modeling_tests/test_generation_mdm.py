@@ -18,6 +18,8 @@ from diffusers import (
 )
 from tiny import ASSISTANT, KINDS, LATENT, batch, generators, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, generation_mdm
 
@@ -136,43 +138,65 @@ def test_a_scheduler_with_a_noise_schedule_of_its_own_takes_the_models(options):
 
 
 class WaitsForTheDevice(TorchDispatchMode):
-    """Collects the operators whose result the host has to wait for."""
+    """Collects the operators whose result the host has to wait for.
+
+    On a GPU the tables of a scheduler stay on the host: tensors in `of_host`, and what is made of them alone, cost no
+    wait. Here all tensors are on the CPU.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 
     def __init__(self):
         super().__init__()
         self.found = []
+        self.of_host = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        by_mask = "index" in name and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for a in args if isinstance(a, list) for i in a
-        )
-        if by_mask or name.startswith(self.WAITING):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        is_of_host = bool(tensors) and all(value in self.of_host for value in tensors)
+        indices = tree_leaves([value for value in args if isinstance(value, list)])
+        by_mask = "index" in name and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        if not is_of_host and (by_mask or name.startswith(self.WAITING)):
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results) if is_of_host else ():
+            if isinstance(result, torch.Tensor):
+                self.of_host[result] = True
+        return results
 
 
 def test_the_watch_for_waits_sees_them():
     with WaitsForTheDevice() as waits:
-        values = torch.arange(3)
+        values, of_host = torch.arange(3), torch.arange(3)
+        waits.of_host[of_host] = True
+        bool((of_host + 1).any())
         bool(values.any())
         values[values > 1]
-    assert waits.found == ["_local_scalar_dense", "index"]
+        float((of_host * values)[0])
+    assert waits.found == ["_local_scalar_dense", "index", "_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("lag", [1.0, 0.0])
-def test_no_network_call_waits_for_the_device(monkeypatch, lag):
+def test_no_step_of_the_loop_waits_for_the_device(monkeypatch, lag):
+    """Network calls and steps of the default solver."""
     waits = WaitsForTheDevice()
-    predict = generation_mdm._Denoiser.predict
+    steps = []
 
-    def watched(*args):
-        with waits:
-            return predict(*args)
+    def watched(function):
+        def step(self, *args):
+            tables = vars(self.scheduler).values() if isinstance(self, generation_mdm._Track) else ()
+            waits.of_host.update({table: True for table in tables if isinstance(table, torch.Tensor)})
+            steps.append(function.__name__)
+            with waits:
+                return function(self, *args)
 
-    monkeypatch.setattr(generation_mdm._Denoiser, "predict", watched)
+        return step
+
+    for part, name in ((generation_mdm._Denoiser, "predict"), (generation_mdm._Track, "advance")):
+        monkeypatch.setattr(part, name, watched(getattr(part, name)))
     tiny_model().generate(**batch(KINDS), num_inference_steps=3, guidance_scale=2.0, modality_lag=lag)
+    assert set(steps) == {"predict", "advance"}
     assert waits.found == []
 
 

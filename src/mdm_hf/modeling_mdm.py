@@ -156,22 +156,21 @@ class MDMMixer(nn.Module):
     direction has its own for image and for text positions (`scan_sharing="independent"`).
     """
 
-    def __init__(self, config: MDMConfig, layer_idx: int):
+    def __init__(self, config: MDMConfig):
         super().__init__()
         self.config = config
         num_images, num_texts = config.scan_directions
         self.is_independent = config.scan_sharing == "independent"
-        self.only_direction = layer_idx % num_images if config.scan_sharing == "alternate" else None
         self.num_image_projections = num_images if self.is_independent else 1
         num_projections = num_images + num_texts if self.is_independent else 1
-        directions = 1 if self.only_direction is not None else num_images
+        directions = 1 if config.scan_sharing == "alternate" else num_images
         conv_channels = config.inner_size + 2 * config.state_size
         self.conv_weight = nn.Parameter(torch.empty(directions, conv_channels, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(directions, conv_channels))
         self.ssm = MDMSelectiveScan(directions, config.num_heads, config.chunk_size)
         self.projections = nn.ModuleList(MDMProjections(config) for _ in range(num_projections))
 
-    def project_in(self, hidden_states: Tensor, is_image: Tensor) -> list[Tensor]:
+    def project_in(self, hidden_states: Tensor, is_image: Tensor, directions: int) -> list[Tensor]:
         """One projection for all directions, or one per direction: (b, l, z + x + B + C + dt) each."""
         if not self.is_independent:
             return [self.projections[0].in_proj(hidden_states)]
@@ -179,7 +178,7 @@ class MDMMixer(nn.Module):
         images, texts = self.projections[:n], self.projections[n:]
         return [
             torch.where(is_image, image.in_proj(hidden_states), texts[k % len(texts)].in_proj(hidden_states))
-            for k, image in enumerate(images)
+            for k, image in enumerate(images[:directions])
         ]
 
     def project_out(self, scanned: Sequence[tuple[Tensor, ...]], is_image: Tensor) -> Tensor:
@@ -201,14 +200,10 @@ class MDMMixer(nn.Module):
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
         config = self.config
         inner, state, heads = config.inner_size, config.state_size, config.num_heads
-        only = self.only_direction
-        order, rank, step_is_real = (
-            value if only is None else value[..., only : only + 1]
-            for value in (plan.order, plan.rank, plan.step_is_real)
-        )
+        order, rank, step_is_real = plan.order, plan.rank, plan.step_is_real
         directions = order.shape[-1]
 
-        projected = self.project_in(hidden_states, plan.is_image)[:directions]
+        projected = self.project_in(hidden_states, plan.is_image, directions)
         width = directions // len(projected)  # directions that read the same projection
         sources = [
             (*p.split([inner, inner + 2 * state, heads], dim=-1), o, r)
@@ -234,7 +229,7 @@ class MDMMixer(nn.Module):
             y, cache.ssm = y
             cache.conv = _join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources])
         y = y.reshape(x.shape)
-        if plan.direction_weight is not None and only is None:
+        if plan.direction_weight is not None:
             y = y * plan.direction_weight.to(y.dtype)
         scanned = [(part, o, r, z) for part, (z, _, _, o, r) in zip(y.split(width, dim=2), sources, strict=True)]
         return self.project_out(scanned, plan.is_image)
@@ -247,18 +242,18 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def last_steps(x: Tensor, order: Tensor, count: int) -> Tensor:
     """The last `count` steps of each direction, zeros before the first one: (b, l, c) -> (b, count, k, c)."""
-    tail = order[:, -count:] if count else order[:, :0]
+    steps = torch.arange(-count, 0, device=x.device) + order.shape[1]
     rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return F.pad(x[rows, tail], (0, 0, 0, 0, count - tail.shape[1], 0))
+    return x[rows, order[:, steps.clamp(min=0)]] * (steps >= 0).view(-1, 1, 1)
 
 
 class MDMBlock(GradientCheckpointingLayer):
     """h + mixer(norm(h)); padding stays zero, so that it never enters a convolution."""
 
-    def __init__(self, config: MDMConfig, layer_idx: int):
+    def __init__(self, config: MDMConfig):
         super().__init__()
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MDMMixer(config, layer_idx)
+        self.mixer = MDMMixer(config)
 
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
         mixed = self.mixer(self.norm(hidden_states), plan, cache)
@@ -432,7 +427,7 @@ class MDMModel(MDMPreTrainedModel):
         super().__init__(config)
         self.vae = MDMVAEModel(config.vae_config)  # type: ignore[arg-type]
         self.embeddings = MDMEmbeddings(config)
-        self.layers = nn.ModuleList(MDMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(MDMBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         for name in ("image", "text"):
             self.register_buffer(f"{name}_alpha_bar", self.alpha_bar_of(name), persistent=False)
@@ -515,8 +510,9 @@ class MDMModel(MDMPreTrainedModel):
         """Runs the blocks over z_t: (b, l, hidden_size). With a cache per block, over the prefix (fills it) or
         the target group (starts from it)."""
         hidden_states = self.embeddings(latents, layout, timesteps, class_ids)
+        plans = plan.alternating() if self.config.scan_sharing == "alternate" else [plan]
         for i, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, plan, None if cache is None else cache[i])
+            hidden_states = layer(hidden_states, plans[i % len(plans)], None if cache is None else cache[i])
         return self.norm(hidden_states)
 
     @merge_with_config_defaults

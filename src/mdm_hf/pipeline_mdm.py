@@ -9,8 +9,10 @@ import operator
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from itertools import count, islice, zip_longest
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -71,8 +73,7 @@ class MDMPipeline(Pipeline):
         super().__init__(model=model, processor=processor, **kwargs)
         self.scheduler = scheduler or model.scheduler
         if compile:
-            for layer in self.model.model.layers:
-                layer.compile(fullgraph=True, mode=compile if isinstance(compile, str) else None)
+            compile_blocks(self.model.model.layers, mode=compile if isinstance(compile, str) else None)
         self.progress_bar = True
 
     @classmethod
@@ -279,6 +280,22 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
+
+
+def _call_block(layer, *args, **kwargs):
+    return layer._call_impl(*args, **kwargs)
+
+
+def compile_blocks(layers, mode: str | None = None) -> None:
+    """Has `torch.compile` run the blocks of a model, all of them by the same few graphs.
+
+    PyTorch keeps graphs, and limits their number, by code object: with a copy of the code for each model, no model
+    takes the place of another one's. Where the limit is reached, what has no graph runs without, after a warning.
+    """
+    call_block = FunctionType(_call_block.__code__.replace(), globals())
+    compiled = torch.compile(call_block, dynamic=True, mode=mode)
+    for layer in layers:
+        layer._compiled_call_impl = partial(compiled, layer)  # where `torch.nn.Module.compile` leaves its own
 
 
 def _first_seed(seed: int | None) -> int:

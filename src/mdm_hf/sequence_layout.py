@@ -8,7 +8,7 @@ Symbols
     level      0 clean, 1 at the image timestep, 2 at the text timestep
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class ScanPlan:
     step_is_real: Tensor  # (b, l, k)
     is_image: Tensor  # (b, l, 1): which projections a position uses where they differ by modality
     direction_weight: Tensor | None  # (b, 1, k, 1), None where every row uses every direction
+
+    def alternating(self) -> list["ScanPlan"]:
+        """One plan per direction, for blocks that take turns (`scan_sharing="alternate"`)."""
+        parts = zip(*(value.split(1, -1) for value in (self.order, self.rank, self.step_is_real)), strict=True)
+        return [replace(self, order=o, rank=r, step_is_real=s) for o, r, s in parts]
 
 
 def _isin(ids: Tensor, tokens: list[int]) -> Tensor:
