@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import transformers
@@ -39,19 +40,21 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int = 7, lea
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_peak(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of the best square matrix product: what no kernel here can beat."""
-    best = 0.0
+def best_matrix_product(device: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], object], int, float]:
+    """The square matrix product that this machine does fastest, its floating-point operations, and those per second:
+    no kernel here can beat its rate."""
+    found = []
     for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds = medians({"gemm": lambda a=a, b=b: a @ b}, rounds=5)["gemm"]
-        best = max(best, 2 * size**3 / seconds)
-    return best
+        product, operations = partial(torch.matmul, a, b), 2 * size**3
+        found.append((product, operations, operations / medians({"product": product}, rounds=5)["product"]))
+    return max(found, key=lambda entry: entry[2])
 
 
 def peak_memory(work: Callable[..., Callable[[], object]], *arguments) -> float:
     """MiB that the first call of `work(*arguments)()` needs beyond what `work(*arguments)` had set up. Linux only."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # each call in a fresh process, which need not import anew
+    context.set_forkserver_preload(["mdm_hf.ssd", "transformers.models.mamba2.modeling_mamba2"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(send, work, arguments))
     process.start()
