@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
     train.add_argument("--output-dir", type=Path, required=True, help="gets checkpoint-*, samples/ and final/")
     train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
+    train.add_argument("--init-from", type=Path, help="folder with weights to start from, for a further run")
     train.add_argument("--max-steps", type=_count, default=34_000, help="optimiser steps (default: %(default)s)")
     train.add_argument("--batch-size", type=_count, default=64, help="conversations a step (default: %(default)s)")
     train.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
@@ -182,6 +183,7 @@ def _train(options) -> None:
         seed=options.seed,
         save_every=options.save_every,
         resume=options.resume,
+        init_from=options.init_from,
         **overrides,
     )
     print(f"Wrote {folder.resolve()}. Score it with: mdm evaluate --model {folder}")

@@ -39,6 +39,7 @@ def train_digits(
     sample_every: int = 2_000,
     save_every: int = 2_000,
     resume: bool = False,
+    init_from: str | Path | None = None,
     use_cpu: bool | None = None,
     disable_tqdm: bool = False,
     draw: Callable[[MDMForMultiModalGeneration, Path], None] | None = None,
@@ -50,6 +51,7 @@ def train_digits(
         output_dir: Gets `checkpoint-*`, `samples/step-*.png`, and the finished model in `final`.
         max_steps: Optimiser steps; the whole schedule is laid over them.
         resume: Go on from the newest checkpoint in `output_dir`; from the start if there is none.
+        init_from: Start from the weights in this folder; every task is then there from the start.
         draw: Called every `sample_every` steps with the averaged model and the path of a PNG; draws a grid of samples
             by default.
         config_overrides: Fields of [`MDMConfig`] that differ from the preset.
@@ -60,13 +62,17 @@ def train_digits(
     keep_freed_memory()
     set_seed(seed)
     output_dir = Path(output_dir)
-    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", **config_overrides))
+    if init_from is None:
+        model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", **config_overrides))
+    else:
+        model = MDMForMultiModalGeneration.from_pretrained(init_from, **config_overrides)
+    task_starts = TASK_STARTS if init_from is None else {}
     data = DigitsTaskDataset(
         split="train",
         num_samples=max_steps * batch_size,
         batch_size=batch_size,
         task_weights=TASK_WEIGHTS,
-        task_starts={task: int(share * max_steps) * batch_size for task, share in TASK_STARTS.items()},
+        task_starts={task: int(share * max_steps) * batch_size for task, share in task_starts.items()},
         seed=seed,
     )
     arguments = TrainingArguments(
