@@ -35,7 +35,7 @@ OPS = {
 }
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
-MODELS = {"modeling_mdm_vae", "modeling_mdm"}
+MODELS = {"modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm"}
 PROCESSING = {"image_processing_mdm", "processing_mdm"}
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
@@ -54,7 +54,8 @@ ARROWS: dict[str, set[str]] = {
     "input_checks": CONFIGURATION | {"sequence_layout"},
     "generation_mdm": CONFIGURATION | OPS | LAYOUT,  # called on self, so it never names the model
     "modeling_mdm_vae": CONFIGURATION | OPS,
-    "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae"},
+    "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT,
+    "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae", "modeling_mdm_block"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "processing_mdm": CONFIGURATION | {"image_processing_mdm", "token_rows"},
