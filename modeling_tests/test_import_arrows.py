@@ -52,7 +52,8 @@ ARROWS: dict[str, set[str]] = {
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
     "input_checks": CONFIGURATION | {"sequence_layout"},
-    "generation_mdm": CONFIGURATION | OPS | LAYOUT,  # called on self, so it never names the model
+    "solvers": CONFIGURATION,
+    "generation_mdm": CONFIGURATION | OPS | LAYOUT | {"solvers"},  # called on self, so it never names the model
     "modeling_mdm_vae": CONFIGURATION | OPS,
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT,
     "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae", "modeling_mdm_block"},

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
@@ -28,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from .configuration_mdm import MDMConfig
 from .input_checks import as_generators, check_finite, check_inputs, check_targets, replaced_latents
 from .sequence_layout import SequenceLayout, image_of_each_row, plan_scans
+from .solvers import default_solver, load_solver, solver_for
 
 
 logger = hf_logging.get_logger(__name__)
@@ -40,10 +40,6 @@ SAMPLING_OPTIONS = (
     "modality_lag",
     "use_cache",
 )
-EARLIEST_START = 0.95  # of a solver's time grid: the model was shown pure noise at t = 1
-USABLE_SOLVERS = "use DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler or DDPMScheduler."
-
-
 # What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
 PIPELINE_DEFAULTS = {"max_new_tokens": 256}
 
@@ -191,7 +187,7 @@ class MDMGenerationMixin:
                 logger.info("The repository has no generation_config.json; using the defaults.")
                 self.generation_config = MDMGenerationConfig()
         if path is not None:
-            self.scheduler = _load_scheduler(path, **repository | {"subfolder": "scheduler"})
+            self.scheduler = load_solver(path, **repository | {"subfolder": "scheduler"})
 
     @torch.no_grad()
     def generate(
@@ -291,82 +287,7 @@ class MDMGenerationMixin:
         return sampling
 
     def default_scheduler(self) -> DPMSolverMultistepScheduler:
-        config = self.config
-        return DPMSolverMultistepScheduler(
-            num_train_timesteps=config.num_train_timesteps,
-            beta_start=config.beta_start,
-            beta_end=config.beta_end,
-            beta_schedule=config.image_beta_schedule,
-            prediction_type="sample",
-            solver_order=2,
-        )
-
-    def _solver_for(self, scheduler, modality: str, length: int) -> tuple[Any, list[float]]:
-        """A fresh copy of `scheduler` on the modality's betas, and t in [0, 1] at each of its `length` calls."""
-        kind = type(scheduler).__name__
-        if "prediction_type" not in getattr(scheduler, "config", {}):
-            raise ValueError(
-                f"`scheduler` ({kind}) has no `prediction_type`; it must be a diffusers scheduler that can be told to "
-                f"take clean latents; {USABLE_SOLVERS}"
-            )
-        config, given = self.config, scheduler.config
-        if given.get("prediction_type") != "sample":
-            raise ValueError(
-                f"`scheduler` ({kind}) has prediction_type {given.get('prediction_type')!r}, but MDM predicts clean "
-                f'latents; build it with {kind}.from_config(scheduler.config, prediction_type="sample").'
-            )
-        if given.get("num_train_timesteps") != config.num_train_timesteps:
-            raise ValueError(
-                f"`scheduler` has num_train_timesteps {given.get('num_train_timesteps')}, the model was trained with "
-                f"{config.num_train_timesteps}; make them equal."
-            )
-        # What would bend the model's own noise schedule, or cut its latents to the range of pixels.
-        bent: dict[str, Any] = {
-            "trained_betas": None,
-            "rescale_betas_zero_snr": False,
-            "clip_sample": False,
-            "thresholding": False,
-            "use_flow_sigmas": False,
-        }
-        if given.get("timestep_spacing") == "leading":  # starts at t < 1, where the latents are no longer pure noise
-            bent["timestep_spacing"] = "trailing"
-        try:
-            solver = type(scheduler).from_config(
-                given,
-                beta_start=config.beta_start,
-                beta_end=config.beta_end,
-                beta_schedule=getattr(config, f"{modality}_beta_schedule"),
-                **{name: value for name, value in bent.items() if name in given},
-            )
-            solver.set_timesteps(length)  # on the CPU: no step waits for the device
-        except Exception as error:  # each solver fails in its own way at what it cannot do
-            raise ValueError(
-                f"`scheduler` ({kind}) cannot make {length} steps on the model's noise schedule ({error}); "
-                f"{USABLE_SOLVERS}"
-            ) from error
-        sigma = float(getattr(solver, "init_noise_sigma", "nan"))
-        if sigma != 1:
-            raise ValueError(
-                f"`scheduler` ({kind}) starts from noise of scale {sigma:.3g}: it scales its samples, MDM keeps them "
-                f"at unit variance; {USABLE_SOLVERS}"
-            )
-        own = getattr(solver, "alphas_cumprod", None)
-        if own is None or not torch.allclose(own.float(), self.model.alpha_bar_of(modality)[1:], atol=1e-4):
-            raise ValueError(
-                f"`scheduler` ({kind}) bends the noise schedule that the model was trained with; {USABLE_SOLVERS}"
-            )
-        times = ((solver.timesteps.double() + 1) / config.num_train_timesteps).tolist()
-        if len(times) != length:
-            raise ValueError(
-                f"`scheduler` ({kind}) makes {len(times)} network calls of {length} steps; it must make one call a "
-                f"step; {USABLE_SOLVERS}"
-            )
-        if times[0] < EARLIEST_START or sorted(times, reverse=True) != times:
-            raise ValueError(
-                f"`scheduler` ({kind}) runs from t = {times[0]:.3g} to {times[-1]:.3g}; it must start near 1, where "
-                f"the latents are pure noise, and fall; {USABLE_SOLVERS}"
-            )
-        return solver, times
+        return default_solver(self.config)
 
     def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:
         steps, lag = config.num_inference_steps, config.modality_lag
@@ -377,7 +298,8 @@ class MDMGenerationMixin:
         for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
             for rows, first in ((~has_both, 0), (has_both, 0 if is_first else delay)):
                 if bool((mask & rows).any()):
-                    solver, times = self._solver_for(scheduler, modality, steps)
+                    alpha_bar = self.model.alpha_bar_of(modality)
+                    solver, times = solver_for(scheduler, self.config, modality, steps, alpha_bar)
                     row, place = (mask & rows).nonzero(as_tuple=True)
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[i] for i in row.tolist()] if draws else None
@@ -526,19 +448,3 @@ def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
 
 def _sampling_options(config) -> dict:
     return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}
-
-
-def _load_scheduler(path, **repository):
-    """The solver of a folder or repository, of whatever class was saved; None if there is none."""
-    try:
-        config = diffusers.DPMSolverMultistepScheduler.load_config(path, **repository)
-    except OSError:
-        logger.info(f"{path} has no scheduler/scheduler_config.json; using the model's default solver.")
-        return None
-    kind = config.get("_class_name")
-    if not hasattr(diffusers, kind or ""):
-        raise ValueError(
-            f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
-            "update diffusers, or mend scheduler/scheduler_config.json."
-        )
-    return getattr(diffusers, kind).from_config(config)
