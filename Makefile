@@ -12,6 +12,9 @@ OLDEST_VENV ?= .venv-oldest
 # The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
 TRITON ?= triton==3.7.1
 
+# Tests that run at the same time, each on one thread.
+JOBS ?= 2
+
 # More threads than cores cost up to ten times the run time: set OMP_NUM_THREADS to change this.
 export OMP_NUM_THREADS ?= 2
 
@@ -62,10 +65,10 @@ test: $(INSTALLED) $(TORCHAO)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
 
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --durations=10
 
 # Which huggingface-hub it needs, transformers itself says.
 $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt

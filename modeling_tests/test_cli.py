@@ -11,6 +11,7 @@ from PIL import Image
 
 from mdm_hf import MDMConfig
 from mdm_hf.cli import DIFFUSION_LOSSES, main
+from mdm_hf.evaluation.digits import over_seeds
 
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,25 @@ def test_evaluate_writes_scores_with_their_settings(tmp_path):
     assert result["settings"]["num_samples"] == 70
     assert len(result["settings"]["hash"]) == 12
     assert 0.97 <= result["scores"]["judge_accuracy"] <= 1
+
+
+def test_several_seeds_are_told_as_mean_and_range():
+    one, two = (
+        {
+            "scores": {"class_to_image": score},
+            "settings": {"num_samples": 70, "seed": seed, "hash": "x"},
+            "seconds": 2.0,
+        }
+        for seed, score in enumerate((0.9, 1.0))
+    )
+    both = over_seeds([one, two])
+    assert (both["scores"], both["lowest"], both["highest"]) == (
+        {"class_to_image": 0.95},
+        {"class_to_image": 0.9},
+        {"class_to_image": 1.0},
+    )
+    assert both["settings"]["seed"] == [0, 1]
+    assert both["seconds"] == 4.0
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of samples and wordings (default: %(default)s)")
+    evaluate.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of samples and wordings; several for mean and range (default: 0)",
+    )
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser
 
@@ -191,19 +197,25 @@ def _train(options) -> None:
 
 def _evaluate(options) -> None:
     from . import MDMPipeline
-    from .evaluation.digits import evaluate_digits
+    from .evaluation.digits import evaluate_digits, over_seeds
 
-    result = evaluate_digits(
-        MDMPipeline.from_pretrained(options.model),
-        num_samples=options.num_samples,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        text_guidance_scale=options.text_guidance_scale,
-        text_temperature=options.text_temperature,
-        seed=options.seed,
-    )
+    pipe = MDMPipeline.from_pretrained(options.model)
+    results = [
+        evaluate_digits(
+            pipe,
+            num_samples=options.num_samples,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            text_guidance_scale=options.text_guidance_scale,
+            text_temperature=options.text_temperature,
+            seed=seed,
+        )
+        for seed in options.seed
+    ]
+    result = results[0] if len(results) == 1 else over_seeds(results)
     for name, value in result["scores"].items():
-        print(f"{name:45s} {value}")
+        spread = f"   {result['lowest'][name]} to {result['highest'][name]}" if "lowest" in result else ""
+        print(f"{name:45s} {value}{spread}")
     print(json.dumps(result["settings"]), f"{result['seconds']} s")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -126,6 +126,7 @@ def evaluate_digits(
             d == image and d == text for d, image, text in zip(labels, drawn, written, strict=True)
         ),
         "captions_well_formed": share(is_well_formed(c) for c in captions + joint_captions),
+        "captions_well_formed_joint_alone": share(is_well_formed(c) for c in joint_captions),
         "pixel_frechet_distance": round(distance, 4),
         "pixel_frechet_distance_of_training_images": round(floor, 4),
         "pixel_frechet_ratio": round(distance / floor, 3),
@@ -134,9 +135,27 @@ def evaluate_digits(
         defaults = pipe.model.generation_config
         settings = {k: getattr(defaults, k) if v is None else v for k, v in settings.items()}
     settings |= {"num_samples": num_samples, "seed": seed}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return {
         "scores": scores,
-        "settings": settings | {"hash": digest},
+        "settings": settings | {"hash": settings_hash(settings)},
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def over_seeds(results: list[dict]) -> dict:
+    """The results of several seeds as one: mean, lowest and highest of every score."""
+    scores = {name: [result["scores"][name] for result in results] for name in results[0]["scores"]}
+    settings = results[0]["settings"] | {"seed": [result["settings"]["seed"] for result in results]}
+    del settings["hash"]
+    return {
+        "scores": {name: round(float(np.mean(values)), 4) for name, values in scores.items()},
+        "lowest": {name: min(values) for name, values in scores.items()},
+        "highest": {name: max(values) for name, values in scores.items()},
+        "settings": settings | {"hash": settings_hash(settings)},
+        "seconds": round(sum(result["seconds"] for result in results), 1),
+    }
+
+
+def settings_hash(settings: dict) -> str:
+    """Results with the same hash were made with the same settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
