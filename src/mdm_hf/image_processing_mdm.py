@@ -111,7 +111,11 @@ class MDMImageProcessorPil(PilBackend):
         return list(_flat(self.fetch_images(images)))
 
     def _open(self, source: str | bytes) -> Image.Image:
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(source[:80])
+        name = (
+            f"{len(source)} bytes"
+            if isinstance(source, bytes)
+            else repr(source[:80] if source.startswith("data:") else source)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
             try:
