@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from gradients import assert_near, gradients, weights_like
+from peft import LoraConfig, get_peft_model
 from tiny import batch, fixed_noise, generators, tiny_model
 from torch.nn import functional as F
 
@@ -164,6 +165,25 @@ def test_a_training_step_of_the_whole_model_is_the_same_with_kernels(sharing, re
     fused = step()
     a_log = "model.layers.0.mixer.ssm.A_log"
     assert not torch.equal(fused[a_log], plain[a_log])  # took kernels
+    assert_near(fused, plain, 1e-4)
+
+
+def test_lora_trains_every_target_the_same_with_kernels(request):
+    model = get_peft_model(small_model(), LoraConfig(r=2, init_lora_weights=False)).train()
+    inputs = batch(["both"], is_training=True)
+    steps = {"timesteps": torch.full((1, 2), 0.5), "noise": fixed_noise(inputs)}
+
+    def step():
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(**inputs, **steps).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain = step()
+    request.getfixturevalue("kernels")
+    fused = step()
+    assert {name.split(".")[-4] for name in fused} == {"in_proj", "out_proj"}
+    assert all(float(gradient.abs().sum()) > 0 for gradient in fused.values())
     assert_near(fused, plain, 1e-4)
 
 
