@@ -11,6 +11,8 @@ import sys
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from tiny import batch, fixed_noise, generators
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -18,6 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from mdm_hf import MDMForMultiModalGeneration
+
+
+# Found so in 5.23; 5.17 puts bf16 weights and the fp32 recurrence into one group, which FSDP2 refuses.
+GROUPS_BY_DTYPE = Version(transformers.__version__) >= Version("5.23")
 
 
 def sharded(model):
@@ -61,8 +67,9 @@ def main(checkpoint: str, result: str):
         "fsdp2": lambda: sharded(load()),
         "fsdp2_on_load": lambda: load(distributed_config=on_load),
         "fsdp2_bf16": lambda: sharded(load(torch.bfloat16)),
-        "fsdp2_bf16_on_load": lambda: load(torch.bfloat16, distributed_config=on_load),
     }
+    if GROUPS_BY_DTYPE:
+        ways["fsdp2_bf16_on_load"] = lambda: load(torch.bfloat16, distributed_config=on_load)
     distances = {}
     for way, build in ways.items():
         alone = load(torch.bfloat16 if "bf16" in way else torch.float32)
