@@ -1,6 +1,6 @@
 """Teach mdm-digits something new with a LoRA adapter: inverted digits, dark on light, and a word for them.
 
-python examples/finetune_lora.py [--output-dir runs/lora] [--max-steps 1500]
+python examples/finetune_lora.py [--output-dir runs/lora] [--max-steps 900]
 
 Three of five batches are new, the others are what the model knows, so that it stays known. Prints every skill before
 and after; the adapter alone is saved. Some ten minutes on a CPU.
@@ -65,8 +65,8 @@ def skills(pipe: MDMPipeline, count: int) -> dict[str, float]:
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output-dir", default="runs/lora")
-parser.add_argument("--max-steps", type=int, default=1500)
-parser.add_argument("--num-samples", type=int, default=300, help="a skill, for the scores")
+parser.add_argument("--max-steps", type=int, default=900)
+parser.add_argument("--num-samples", type=int, default=200, help="a skill, for the scores")
 options = parser.parse_args()
 
 keep_freed_memory()
