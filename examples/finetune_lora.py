@@ -106,7 +106,7 @@ fresh.load_adapter(options.output_dir)
 after = skills(fresh, options.num_samples)
 merged = adapted.merge_and_unload()
 with torch.no_grad():
-    probe = fresh.preprocess([{"text": "a dark three"}], generate=("image", "text"))
+    probe = fresh.processor(text="a dark three")
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     one, two = (
         m.generate(**probe, generator=g).latents for m, g in zip((fresh.model, merged), generators, strict=True)
