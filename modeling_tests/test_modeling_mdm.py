@@ -285,7 +285,7 @@ def test_drawn_timesteps_are_independent_per_modality_and_sometimes_pinned():
     inputs = batch(["both"] * 400)
     layout = model.model.layout(inputs["input_ids"], inputs["image_grid_hw"], None, inputs["target_mask"])
     torch.manual_seed(0)
-    t = model.model.draw_timesteps(layout)
+    t = model.model.timesteps_from(torch.rand(400, 5), layout)
     pinned = (t == 0) | (t == 1)
     assert 0.4 < pinned.any(1).float().mean() < 0.6
     assert not pinned.all(1).any()
@@ -293,8 +293,50 @@ def test_drawn_timesteps_are_independent_per_modality_and_sometimes_pinned():
     assert abs(float(torch.corrcoef(free.T)[0, 1])) < 0.2
     alone = batch(["caption"] * 50)
     layout = model.model.layout(alone["input_ids"], alone["image_grid_hw"], None, alone["target_mask"])
-    t = model.model.draw_timesteps(layout)
+    t = model.model.timesteps_from(torch.rand(50, 5), layout)
     assert not ((t == 0) | (t == 1)).any()
+
+
+@pytest.mark.parametrize("loss", ["score_entropy_exact", "ddpm_epsilon"])
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+def test_with_seeds_the_loss_of_a_row_is_the_same_alone_and_in_any_batch(loss, is_training):
+    model = tiny_model(diffusion_loss=loss).train(is_training)
+    seeds = torch.tensor([7, 2**62, 5, 7, 0])
+    together = model(**batch(KINDS, is_training=True), seeds=seeds)
+    alone = [model(**batch([kind], is_training=True), seeds=seeds[i : i + 1]) for i, kind in enumerate(KINDS)]
+    torch.testing.assert_close(together.row_losses, torch.cat([one.row_losses for one in alone]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.timesteps, torch.cat([one.timesteps for one in alone]), atol=0, rtol=0)
+    torch.testing.assert_close(together.loss, torch.stack([one.loss for one in alone]).mean(), atol=1e-5, rtol=1e-5)
+    other = model(**batch(KINDS, is_training=True), seeds=seeds + 1)
+    assert bool(((other.row_losses - together.row_losses).abs().amax(1) > 1e-4).all())
+
+
+def test_without_seeds_torch_s_generator_decides():
+    model, inputs = tiny_model().train(), batch(["both"], is_training=True)
+    torch.manual_seed(3)
+    first, second = model(**inputs).loss, model(**inputs).loss
+    torch.manual_seed(3)
+    assert torch.equal(model(**inputs).loss, first)
+    assert not torch.equal(first, second)
+
+
+def test_training_holds_no_logits_and_evaluation_does():
+    inputs = batch(["both", "caption"], is_training=True)
+    assert tiny_model().train()(**inputs).logits is None
+    assert tiny_model().eval()(**inputs).logits.shape == (*inputs["input_ids"].shape, 64)
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    assert tiny_model().train()(**unlabelled).logits is not None
+
+
+def test_with_a_diffusion_weight_of_zero_the_vae_alone_is_trained_and_no_block_runs():
+    model, inputs = tiny_model(diffusion_weight=0).train(), batch(["both", "caption"], is_training=True)
+    model.model.layers[0].register_forward_hook(lambda *_: pytest.fail("a block ran"))
+    out = model(**inputs)
+    out.loss.backward()
+    assert float(out.loss_rec_image) > 0
+    assert float(out.loss_se_image) == float(out.loss_se_text) == 0
+    assert all(p.grad is not None for p in model.model.vae.parameters())
+    assert all(p.grad is None for p in model.model.layers.parameters())
 
 
 def broken(**changes):
@@ -308,6 +350,8 @@ def broken(**changes):
         ({"input_ids": torch.full((2, 19), 64)}, "must lie in [0, vocab_size) = [0, 64)"),
         ({"attention_mask": torch.ones(2, 3)}, "`attention_mask` has shape (2, 3)"),
         ({"target_mask": torch.ones(2, 3)}, "`target_mask` has shape (2, 3)"),
+        ({"seeds": torch.tensor([1, 2, 3])}, "`seeds` is [1, 2, 3]; it must be (batch,) = (2,) whole numbers"),
+        ({"seeds": torch.tensor([1, -2])}, "of 0 or more, one per row"),
         ({"class_ids": torch.tensor([1, 10])}, "`class_ids` holds 10; this model knows classes 0 to 9"),
         ({"class_ids": torch.tensor([1])}, "`class_ids` has shape (1,); it must be (batch,) = (2,)"),
         ({"timesteps": torch.tensor([[0.5, 0.5], [0.5, 1.5]])}, "t must lie in [0, 1]"),

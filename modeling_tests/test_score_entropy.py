@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from mdm_hf.noise_schedule import add_noise, alpha_bar, alpha_bar_table, posterior, snr
 from mdm_hf.score_entropy import (
+    chunked_text_score_entropy,
     ddpm_epsilon_loss,
     image_score_entropy_exact,
     image_score_entropy_sampled,
@@ -294,3 +295,46 @@ def test_the_weights_are_what_they_are_called():
         loss_weight(level, "none")
     with pytest.raises(ValueError, match="needs at least 2"):
         image_score_entropy_sampled(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), TABLE.float(), 1)
+
+
+def plain_and_chunked(n: int, vocab: int, in_memory: int, monkeypatch):
+    """Losses and gradients of latents and head; a third of the positions without a label."""
+    monkeypatch.setattr("mdm_hf.score_entropy.LOGITS_IN_MEMORY", in_memory)
+    torch.manual_seed(0)
+    labels = torch.randint(0, vocab, (2, n))
+    labels[torch.rand(2, n) < 0.3] = -100
+    weights = torch.rand(2, n)
+    results = []
+    for is_chunked in (False, True):
+        torch.manual_seed(1)
+        head = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.SiLU(), torch.nn.Linear(16, vocab)).double()
+        latents = torch.randn(2, n, 6, dtype=torch.float64, requires_grad=True)
+        if is_chunked:
+            losses = chunked_text_score_entropy(head, latents, labels, vocab)
+        else:
+            losses = text_score_entropy(head(latents), labels)
+        (losses * weights).sum().backward()
+        results.append([losses.detach(), latents.grad, *(p.grad for p in head.parameters())])
+    return results
+
+
+@pytest.mark.parametrize(("n", "in_memory"), [(1, 1), (7, 50), (64, 400), (64, 2**24)])
+def test_the_chunked_cross_entropy_equals_the_plain_one_and_all_its_gradients(n, in_memory, monkeypatch):
+    plain, chunked = plain_and_chunked(n, 33, in_memory, monkeypatch)
+    for expected, got in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)  # the logits are cast to fp32
+
+
+def test_positions_without_a_label_are_never_decoded():
+    seen = []
+
+    def decode(latents):
+        seen.append(len(latents))
+        return torch.zeros(len(latents), 9)
+
+    losses = chunked_text_score_entropy(decode, torch.randn(3, 4, 2), torch.tensor([[1, -100, -100, -100]] * 3), 9)
+    assert seen == [3]
+    assert losses[:, 1:].abs().max() == 0
+    assert losses[:, 0].min() > 0
+    none = chunked_text_score_entropy(decode, torch.randn(1, 2, 2), torch.full((1, 2), -100), 9)
+    assert none.tolist() == [[0, 0]]

@@ -99,6 +99,8 @@ class MDMConfig(PreTrainedConfig):
         "loss_kl",
         "loss_se_image",
         "loss_se_text",
+        "row_losses",
+        "timesteps",
         "predicted_latents",
         "hidden_states",
     ]

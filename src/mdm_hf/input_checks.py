@@ -35,6 +35,7 @@ def check_inputs(
     class_ids: Tensor | None = None,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
+    seeds: Tensor | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ValueError for inputs that do not fit together, and for `options` that no model knows."""
@@ -81,6 +82,12 @@ def check_inputs(
             )
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("`noise` holds NaN or infinity; draw it with torch.randn, or leave it out.")
+    if seeds is not None:
+        _check_tensor("seeds", seeds, is_whole=True)
+        if seeds.shape != (b,) or not bool((seeds >= 0).all()):
+            raise ValueError(
+                f"`seeds` is {seeds.tolist()}; it must be (batch,) = ({b},) whole numbers of 0 or more, one per row."
+            )
     _check_images(config, input_ids, pixel_values, image_grid_hw)
     _check_headers(config, input_ids, attention_mask, target_mask)
 

@@ -32,11 +32,11 @@ from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMMixer, MDMRMSNor
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
 from .score_entropy import (
+    chunked_text_score_entropy,
     ddpm_epsilon_loss,
     image_score_entropy_exact,
     image_score_entropy_sampled,
     loss_weight,
-    text_score_entropy,
 )
 from .sequence_layout import ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
 
@@ -46,6 +46,8 @@ try:  # what LoRA adapts where a LoraConfig names no `target_modules`; here, so 
 except ImportError:
     LORA_TARGETS = {}
 LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
+
+LOSS_PARTS = ("loss_rec_image", "loss_rec_text", "loss_kl", "loss_se_image", "loss_se_text")  # of Eq. 18
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 
@@ -110,6 +112,7 @@ class MDMModelOutput(ModelOutput):
         timesteps: (b, 2), t of image and text.
         noise: (b, l, latent_size).
         posterior: q(z | g) of every position.
+        posterior_noise: (b, l, latent_size), of the sample that is reconstructed; None in evaluation.
         layout: What each position is.
     """
 
@@ -121,6 +124,7 @@ class MDMModelOutput(ModelOutput):
     timesteps: Tensor | None = None
     noise: Tensor | None = None
     posterior: MDMLatentPosterior | None = None
+    posterior_noise: Tensor | None = None
     layout: SequenceLayout | None = None
 
 
@@ -129,10 +133,13 @@ class MDMOutput(ModelOutput):
     """Output of [`MDMForMultiModalGeneration`].
 
     Args:
-        loss: L_total of Eq. 18, if `labels` are given.
+        loss: L_total of Eq. 18, if `labels` are given: the mean over the rows, each of which averages over its own
+            positions, so that it does not matter how a batch is cut.
         loss_rec_image, loss_rec_text, loss_kl: Reconstruction and KL terms (Eq. 15-17), unweighted.
         loss_se_image, loss_se_text: Score entropy (Eq. 4) of each modality, unweighted.
-        logits: (b, l, vocab_size), the VAE decoder's view of z0-hat.
+        row_losses: (b, 5), the five parts of each row in this order; 0 where a row has no position of the kind.
+        timesteps: (b, 2), t of image and text, if `labels` are given.
+        logits: (b, l, vocab_size), the VAE decoder's view of z0-hat; None in training, where they are never held.
         predicted_latents: z0-hat (b, l, latent_size).
         hidden_states: Output of each block, if asked for.
     """
@@ -143,6 +150,8 @@ class MDMOutput(ModelOutput):
     loss_kl: Tensor | None = None
     loss_se_image: Tensor | None = None
     loss_se_text: Tensor | None = None
+    row_losses: Tensor | None = None
+    timesteps: Tensor | None = None
     logits: Tensor | None = None
     predicted_latents: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -284,16 +293,31 @@ class MDMModel(MDMPreTrainedModel):
         level = torch.where(layout.is_patch, image, text)
         return torch.where(layout.is_target, level, torch.ones_like(level))
 
-    def draw_timesteps(self, layout: SequenceLayout) -> Tensor:
+    def draw(self, layout: SequenceLayout, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a forward pass needs of chance: uniform (b, 5), normal (3 in training, else 1; b, l, latent_size).
+
+        With `seeds` a row's numbers depend on its own seed and length alone.
+        """
+        (b, l), device = layout.input_ids.shape, layout.input_ids.device
+        normals = (3 if self.training else 1), self.config.latent_size
+        if seeds is None:
+            return torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
+        uniform, normal = torch.empty(b, 5), torch.zeros(normals[0], b, l, normals[1])
+        for i, (seed, is_real) in enumerate(zip(seeds.tolist(), (~layout.is_padding).cpu(), strict=True)):
+            generator = torch.Generator().manual_seed(seed)
+            uniform[i] = torch.rand(5, generator=generator)
+            normal[:, i, is_real] = torch.randn(normals[0], int(is_real.sum()), normals[1], generator=generator)
+        return uniform.to(device), normal.to(device)
+
+    def timesteps_from(self, uniform: Tensor, layout: SequenceLayout) -> Tensor:
         """t of image and text, independent and uniform in (0, 1], (b, 2). Where a row targets both, one of the two is
         sometimes pinned to 0 or 1, the ends through which lagged sampling passes."""
-        b, device = layout.input_ids.shape[0], layout.input_ids.device
-        t = 1 - torch.rand(b, 2, device=device)
+        t = 1 - uniform[:, :2]
         has_both = (layout.is_target & layout.is_patch).any(1) & (layout.is_target & layout.is_text).any(1)
-        pin = has_both & (torch.rand(b, device=device) < self.config.pinned_timestep_probability)
-        which = torch.rand(b, 1, device=device) < 0.5
+        pin = has_both & (uniform[:, 2] < self.config.pinned_timestep_probability)
+        which = uniform[:, 3:4] < 0.5
         chosen = torch.cat([which, ~which], dim=1) & pin.unsqueeze(1)
-        return torch.where(chosen, (torch.rand(b, 1, device=device) < 0.5).float(), t)
+        return torch.where(chosen, (uniform[:, 4:] < 0.5).float(), t)
 
     def denoise(
         self,
@@ -324,6 +348,7 @@ class MDMModel(MDMPreTrainedModel):
         class_ids: Tensor | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
+        seeds: Tensor | None = None,
         **kwargs,
     ) -> MDMModelOutput:
         """One pass over conditions and noised targets.
@@ -338,6 +363,8 @@ class MDMModel(MDMPreTrainedModel):
             class_ids: (b,) data category, -1 for none.
             timesteps: (b, 2) t of image and text in [0, 1]; drawn if absent.
             noise: (b, l, latent_size) epsilon of Eq. 1; drawn if absent.
+            seeds: (b,) whole numbers: all that a row draws comes from its own seed, so its loss is the same in any
+                batch, on any device. Without them torch's generator is drawn from.
 
         Raises:
             ValueError: inputs that do not fit together; the message says what was got, what is needed, what to do.
@@ -352,37 +379,43 @@ class MDMModel(MDMPreTrainedModel):
             class_ids,
             timesteps,
             noise,
+            seeds,
             kwargs,
         )
         input_ids = input_ids.long()
         layout = self.layout(input_ids, image_grid_hw, attention_mask, target_mask)
         posterior = self.encode(layout, input_ids, pixel_values)
+        uniform, normal = self.draw(layout, seeds)
         clean = posterior.mean
         if self.training:
-            sampled = posterior.sample(torch.randn_like(clean))
+            sampled = posterior.sample(normal[1].to(clean.dtype))
             clean = torch.where(layout.is_target.unsqueeze(-1), sampled, clean)
         z_0 = clean.detach().float()  # L_se never trains the encoder: it would shrink or inflate the latents
-        timesteps = self.draw_timesteps(layout) if timesteps is None else timesteps.float()
-        noise = torch.randn_like(z_0) if noise is None else noise.float()
+        timesteps = self.timesteps_from(uniform, layout) if timesteps is None else timesteps.float()
+        noise = normal[0] if noise is None else noise.float()
         level = self.alpha_bar_at(layout, timesteps)
         z_t = add_noise(z_0, noise, level)
         has_image = None if image_grid_hw is None else image_of_each_row(layout)
-        plan = plan_scans(self.config, layout, has_image)
+        hidden_states = None
+        if self.config.diffusion_weight or not self.training:  # else the VAE alone learns
+            plan = plan_scans(self.config, layout, has_image)
+            hidden_states = self.denoise(z_t, layout, plan, timesteps, class_ids)
         return MDMModelOutput(
-            last_hidden_state=self.denoise(z_t, layout, plan, timesteps, class_ids),
+            last_hidden_state=hidden_states,
             latents=z_0,
             noisy_latents=z_t,
             alpha_bar=level,
             timesteps=timesteps,
             noise=noise,
             posterior=posterior,
+            posterior_noise=normal[2] if self.training else None,
             layout=layout,
         )
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`; 0, with a gradient path, where it is empty."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
+def _row_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` (b, l) over each row's positions in `mask`; 0, with a gradient path, where it has none (b,)."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
@@ -456,6 +489,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
         class_ids: Tensor | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
+        seeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs,
     ) -> MDMOutput:
@@ -483,65 +517,74 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
             class_ids=class_ids,
             timesteps=timesteps,
             noise=noise,
+            seeds=seeds,
             **kwargs,
         )
-        predicted = self.predict_latents(outputs.last_hidden_state, outputs.noisy_latents, outputs.alpha_bar)
-        logits = self.model.vae.decode_tokens(predicted.to(self.dtype))
-        losses = {} if labels is None else self.losses(outputs, predicted, logits, pixel_values, labels)
+        hidden_states, predicted, logits = outputs.last_hidden_state, None, None
+        if hidden_states is not None:
+            predicted = self.predict_latents(hidden_states, outputs.noisy_latents, outputs.alpha_bar)
+            if labels is None or not self.training:
+                logits = self.model.vae.decode_tokens(predicted.to(self.dtype))
+        losses = {} if labels is None else self.losses(outputs, predicted, pixel_values, labels)
         return MDMOutput(**losses, logits=logits, predicted_latents=predicted, hidden_states=outputs.hidden_states)
 
     def losses(
-        self, outputs: MDMModelOutput, predicted: Tensor, logits: Tensor, pixel_values: Tensor | None, labels: Tensor
+        self, outputs: MDMModelOutput, predicted: Tensor | None, pixel_values: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
         """L_total = L_rec^img + L_rec^txt + beta L_KL + lambda L_se (Eq. 18) and its parts."""
-        config, layout = self.config, outputs.layout
-        is_noised = layout.is_target & (outputs.alpha_bar < 1)
+        config, layout, posterior, vae = self.config, outputs.layout, outputs.posterior, self.model.vae
         is_known_text = layout.is_text & (layout.input_ids != config.text_target_token_id)
         is_known_text &= ~layout.is_target | (labels >= 0)
-        text_target, image_target = is_noised & is_known_text, is_noised & layout.is_known_patch
-        level = outputs.alpha_bar
+        is_known_patch = layout.is_known_patch & ~layout.is_padding
 
-        if config.diffusion_loss == "ddpm_epsilon":
-            se = ddpm_epsilon_loss(predicted, outputs.noise, outputs.noisy_latents, level)
-            loss_se_image, loss_se_text = _masked_mean(se, image_target), _masked_mean(se, text_target)
-        else:
-            if config.diffusion_loss == "score_entropy_sampled":
-                se = image_score_entropy_sampled(
-                    outputs.latents,
-                    predicted,
-                    outputs.timesteps[:, :1].expand_as(level),
-                    self.model.image_alpha_bar,
-                    num_candidates=config.num_candidates,
-                )
-            else:
-                se = image_score_entropy_exact(outputs.latents, predicted, loss_weight(level, config.loss_weighting))
-            loss_se_image = _masked_mean(se, image_target)
-            loss_se_text = _masked_mean(
-                text_score_entropy(logits, torch.where(text_target, layout.input_ids, -100)), text_target
-            )
-
-        vae, posterior = self.model.vae, outputs.posterior
-        z = posterior.sample(torch.randn_like(posterior.mean)) if self.training else posterior.mean
-        loss_rec_text = _masked_mean(text_score_entropy(vae.decode_tokens(z), layout.input_ids), is_known_text)
-        loss_rec_image = torch.zeros_like(loss_rec_text)
+        z = posterior.mean
+        if outputs.posterior_noise is not None:
+            z = posterior.sample(outputs.posterior_noise.to(z.dtype))
+        rec_text = self._text_loss(z, layout.input_ids, is_known_text)
+        rec_image = torch.zeros_like(rec_text)
         if pixel_values is not None:
             patches = patchify(pixel_values, config.vae_config.patch_size).to(z.dtype)
             _, h, w, _ = patches.shape
             pixels = patches[layout.known_index, layout.row.clamp(max=h - 1), layout.column.clamp(max=w - 1)]
             error = reconstruction_loss(pixels, vae.pixel_head(vae.decoder(z)))
-            loss_rec_image = _masked_mean(error, layout.is_known_patch & ~layout.is_padding)
-        loss_kl = _masked_mean(posterior.kl(), is_known_text | (layout.is_known_patch & ~layout.is_padding))
-        loss = (
-            loss_rec_image
-            + loss_rec_text
-            + config.kl_weight * loss_kl
-            + config.diffusion_weight * (loss_se_image + loss_se_text)
-        )
-        return {
-            "loss": loss,
-            "loss_rec_image": loss_rec_image,
-            "loss_rec_text": loss_rec_text,
-            "loss_kl": loss_kl,
-            "loss_se_image": loss_se_image,
-            "loss_se_text": loss_se_text,
-        }
+            rec_image = _row_means(error, is_known_patch)
+        kl = _row_means(posterior.kl(), is_known_text | is_known_patch)
+        se_image, se_text = torch.zeros_like(kl), torch.zeros_like(kl)
+        if predicted is not None:
+            is_noised = layout.is_target & (outputs.alpha_bar < 1)
+            se_image, se_text = self._score_entropy(
+                outputs, predicted, is_noised & is_known_patch, is_noised & is_known_text
+            )
+
+        rows = torch.stack([part.float() for part in (rec_image, rec_text, kl, se_image, se_text)], dim=1)
+        weights = [1.0, 1.0, config.kl_weight, config.diffusion_weight, config.diffusion_weight]
+        parts = dict(zip(LOSS_PARTS, rows.mean(0).unbind(), strict=True))
+        loss = torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)]).sum()
+        return {"loss": loss, **parts, "row_losses": rows.detach(), "timesteps": outputs.timesteps}
+
+    def _score_entropy(
+        self, outputs: MDMModelOutput, predicted: Tensor, image_target: Tensor, text_target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """L_se of each row's image and text targets: (b,), (b,)."""
+        config, level = self.config, outputs.alpha_bar
+        if config.diffusion_loss == "ddpm_epsilon":
+            se = ddpm_epsilon_loss(predicted, outputs.noise, outputs.noisy_latents, level)
+            return _row_means(se, image_target), _row_means(se, text_target)
+        if config.diffusion_loss == "score_entropy_sampled":
+            se = image_score_entropy_sampled(
+                outputs.latents,
+                predicted,
+                outputs.timesteps[:, :1].expand_as(level),
+                self.model.image_alpha_bar,
+                num_candidates=config.num_candidates,
+            )
+        else:
+            se = image_score_entropy_exact(outputs.latents, predicted, loss_weight(level, config.loss_weighting))
+        return _row_means(se, image_target), self._text_loss(predicted, outputs.layout.input_ids, text_target)
+
+    def _text_loss(self, latents: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy of the tokens that `latents` decode to, of each row's positions in `mask`: (b,)."""
+        vae = self.model.vae
+        labels = torch.where(mask, input_ids, -100)
+        entropy = chunked_text_score_entropy(vae.decode_tokens, latents.to(self.dtype), labels, vae.config.vocab_size)
+        return _row_means(entropy, mask)

@@ -18,14 +18,19 @@ All functions return one value per position and average nothing over positions. 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .noise_schedule import alpha_bar as alpha_bar_at
 from .noise_schedule import noise_from, posterior, snr
+
+
+LOGITS_IN_MEMORY = 2**24
 
 
 def normaliser(a: Tensor) -> Tensor:
@@ -92,6 +97,40 @@ def text_score_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
     return flat.view(labels.shape)
+
+
+def chunked_text_score_entropy(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, labels: Tensor, vocab_size: int
+) -> Tensor:
+    """`text_score_entropy(decode(latents), labels)` without ever holding the logits of all positions: (...).
+
+    Positions with label -100 are not decoded. The others are taken in chunks of 2^24 logits (64 MiB in fp32), whose
+    logits are computed again in the backward pass: a third more work in the vocabulary head for a peak that does not
+    grow with the batch.
+
+    Args:
+        decode: Latents (n, d) -> logits (n, vocab_size).
+        latents: (..., d).
+        labels: (...), token ids, or -100.
+    """
+    size = max(1, LOGITS_IN_MEMORY // vocab_size)
+    is_labelled = labels != -100
+    if torch.compiler.is_compiling():  # how many are labelled is not known to the graph
+        wanted, targets = latents.flatten(0, -2), labels.flatten()
+    else:
+        wanted, targets = latents[is_labelled], labels[is_labelled]
+
+    def of_chunk(part: Tensor, target: Tensor) -> Tensor:
+        return text_score_entropy(decode(part), target)
+
+    if len(wanted) <= size:
+        losses = of_chunk(wanted, targets)
+    else:
+        parts = zip(wanted.split(size), targets.split(size), strict=True)
+        losses = torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
+    if torch.compiler.is_compiling():
+        return losses.view(labels.shape)
+    return losses.new_zeros(labels.shape).masked_scatter(is_labelled, losses)
 
 
 def loss_weight(alpha_bar: Tensor, weighting: str) -> Tensor:

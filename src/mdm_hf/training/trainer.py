@@ -3,23 +3,29 @@
 import ctypes
 import platform
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import logging
 
+from ..modeling_mdm import LOSS_PARTS
 from ..processing_mdm import MDMProcessor
+from .measures import LossMeter, Throughput
 
 
 logger = logging.get_logger(__name__)
 
-LOSS_PARTS = ("loss_rec_image", "loss_rec_text", "loss_kl", "loss_se_image", "loss_se_text")
 EMA_FILE = "ema.safetensors"
 UNFINISHED = ".unfinished"
 
@@ -37,6 +43,19 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(*s) for s in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of what FSDP2 shards; every process has to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole`, sharded as `like` is; every process has to hold all of it."""
+    whole = whole.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 class ConversationCollator:
     """Conversations -> one padded batch; the last assistant message of each holds its targets."""
 
@@ -48,7 +67,10 @@ class ConversationCollator:
 
 
 class EMACallback(TrainerCallback):
-    """Exponential moving average of the weights (paper Sec. 5.1); [`MDMTrainer`] saves and resumes it."""
+    """Exponential moving average of the weights (paper Sec. 5.1); [`MDMTrainer`] saves and resumes it.
+
+    Of a model that FSDP2 shards every process averages its own shard.
+    """
 
     def __init__(self, decay: float = 0.9999):
         self.decay = decay
@@ -66,22 +88,34 @@ class EMACallback(TrainerCallback):
                 "from a checkpoint that was trained with one, or train without EMACallback."
             )
         saved = load_file(path)
-        self.ema.shadow_params = [saved[str(i)].to(p.device) for i, p in enumerate(self.ema.shadow_params)]
+        for i, shadow in enumerate(self.ema.shadow_params):
+            shadow.copy_(as_sharded(saved[str(i)], shadow))
         self.ema.optimization_step = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.ema.step(model.parameters())
 
-    def save(self, folder: Path):
-        save_file({str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)}, folder / EMA_FILE)
+    def save(self, folder: Path, is_main_process: bool = True):
+        """Writes the average as the unsharded model has it; every process has to call this."""
+        whole = {str(i): unsharded(p).contiguous() for i, p in enumerate(self.ema.shadow_params)}
+        if is_main_process:
+            save_file(whole, folder / EMA_FILE)
 
     def swap_in(self, model):
         """Puts the averaged weights into `model`; `swap_out` brings the trained ones back."""
-        self.ema.store(model.parameters())
+        self.ema.store(_parameters_at_rest(model))
         self.ema.copy_to(model.parameters())
 
     def swap_out(self, model):
-        self.ema.restore(model.parameters())
+        self.ema.restore(_parameters_at_rest(model))
+
+
+def _parameters_at_rest(model):
+    """The parameters; of a model under FSDP2 as shards, of which a forward pass alone leaves some gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.parameters()
 
 
 class SampleGridCallback(TrainerCallback):
@@ -109,7 +143,9 @@ class SampleGridCallback(TrainerCallback):
 class MDMTrainer(Trainer):
     """Trainer with the parts of L_total in its log and checkpoints that are whole or absent.
 
-    - Each part of the loss is averaged over the batches in which it occurs.
+    - All that is drawn for a row comes from (seed, step, the row's place in the whole batch): the loss does not depend
+      on the number of processes or micro-batches, and an evaluation gives the same loss every time.
+    - The log has each part of the loss, over the rows in which it occurs, by timestep, tokens per second and memory.
     - A checkpoint is written aside, into `.unfinished/`, and renamed when all of it is there; one that is rotated out
       is renamed before it is deleted. A run killed at any moment resumes from the newest `checkpoint-*`.
     - A loss that is not finite stops the run before it reaches the weights; weights that are not are never saved.
@@ -117,8 +153,20 @@ class MDMTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._parts: dict[str, list] = defaultdict(list)
+        self._meters = {True: LossMeter(), False: LossMeter()}  # training, evaluation
+        self._throughput = Throughput()
+        self._batches = {True: (-1, 0), False: (-1, 0)}  # the step, and how many of its batches this process has seen
         self._aside: Path | None = None
+
+    def create_accelerator_and_postprocess(self):
+        """As in transformers; but accelerate, asked for FSDP2 among processes on CPUs, quietly takes DDP: here it
+        shards."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As in transformers, but `True` starts from scratch where there is no checkpoint yet."""
@@ -132,6 +180,8 @@ class MDMTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "seeds" not in inputs:
+            inputs = dict(inputs) | {"seeds": self._seeds(inputs["input_ids"], model.training)}
         outputs = model(**inputs)
         if model.training:
             if not bool(outputs.loss.isfinite()):
@@ -140,17 +190,42 @@ class MDMTrainer(Trainer):
                     f"Got a loss of {outputs.loss.item()} in step {self.state.global_step + 1}, {parts}; it must be "
                     f"finite; {self._where_to_resume()}"
                 )
-            for name in LOSS_PARTS:
-                self._parts[name].append(outputs[name].detach())
+            mask = inputs.get("attention_mask")
+            self._throughput.add(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
+        if outputs.row_losses is not None:
+            self._meters[model.training].add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _seeds(self, input_ids: Tensor, is_training: bool) -> Tensor:
+        """A seed for each row, by the row's place among all rows that the step takes, in whatever pieces: (b,)."""
+        step, seen = self._batches[is_training]
+        if is_training and step != self.state.global_step:
+            step, seen = self.state.global_step, 0
+        self._batches[is_training] = step, seen + 1
+        args = self.args
+        size = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
+        first = (seen * args.world_size + args.process_index) * size
+        places = range(first, first + len(input_ids))
+        entropy = [(args.seed, int(is_training), max(step, 0), place) for place in places]
+        drawn = [int(np.random.SeedSequence(one).generate_state(1, np.uint64)[0]) >> 1 for one in entropy]
+        return torch.tensor(drawn, device=input_ids.device)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._batches[False] = (-1, 0)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._meters[False].means(self._sum_over_processes)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
     def log(self, logs: dict[str, float], *args, **kwargs):
-        for name, values in self._parts.items():
-            measured = torch.stack(values)
-            if bool((measured != 0).any()):
-                logs[name] = round(measured[measured != 0].mean().item(), 5)
-        self._parts.clear()
+        if "loss" in logs:
+            logs |= self._meters[True].means(self._sum_over_processes)
+            logs |= self._throughput.read(self._sum_over_processes)
         super().log(logs, *args, **kwargs)
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum")
 
     def _where_to_resume(self) -> str:
         run = Path(self.args.output_dir)
@@ -169,7 +244,7 @@ class MDMTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial):
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        if not all(bool(unsharded(p.isfinite().all())) for p in model.parameters()):
             step = self.state.global_step
             raise FloatingPointError(
                 f"Got weights that are not finite after step {step}, not saved; {self._where_to_resume()}"
@@ -180,12 +255,11 @@ class MDMTrainer(Trainer):
         final = run / written.name
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                for callback in self._averages():
-                    callback.save(written)
-                if self.state.best_model_checkpoint == str(written):
-                    self.state.best_model_checkpoint = str(final)
-                    self.state.save_to_json(str(written / "trainer_state.json"))
+            for callback in self._averages():
+                callback.save(written, self.args.should_save)
+            if self.args.should_save and self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(written / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._aside, ignore_errors=True)
@@ -200,6 +274,11 @@ class MDMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if isinstance(self.model, FSDPModule):  # of a class of torch's, whose code would be saved as the model's
+            setattr(type(self.model), "_auto_class", None)  # noqa: B010
+        super()._save(output_dir, state_dict)
 
     def _put_in_place(self, written: Path, final: Path):
         """Renames the new checkpoint, then takes out those beyond `save_total_limit`, best and newest excepted."""
