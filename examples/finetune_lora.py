@@ -17,7 +17,8 @@ from transformers import TrainingArguments, set_seed
 
 from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.digits import DigitJudge, evaluate_digits
-from mdm_hf.training.digits import DIGIT_WORDS, DigitsTaskDataset, load_digits_split
+from mdm_hf.training.digits import DIGIT_WORDS, DigitsSource, load_digits_split
+from mdm_hf.training.mix import ConversationMix
 from mdm_hf.training.recipe_digits import TASK_WEIGHTS
 from mdm_hf.training.trainer import ConversationCollator, MDMTrainer, keep_freed_memory
 
@@ -27,7 +28,7 @@ class Lessons(Dataset):
 
     def __init__(self, count: int, batch_size: int):
         self.images, self.labels = load_digits_split("train")
-        self.known = DigitsTaskDataset("train", count, batch_size, TASK_WEIGHTS, seed=1)
+        self.known = ConversationMix({"digits": DigitsSource("train", TASK_WEIGHTS)}, count, batch_size, seed=1)
         self.batch_size = batch_size
 
     def __len__(self) -> int:

@@ -1,5 +1,7 @@
 """The digits data: the split, the grammar of captions and questions, and the stream of training examples."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,7 +10,7 @@ from sklearn.datasets import load_digits
 from mdm_hf.training.digits import (
     DIGIT_WORDS,
     TASKS,
-    DigitsTaskDataset,
+    DigitsSource,
     all_captions,
     all_questions_and_answers,
     augmented,
@@ -19,15 +21,23 @@ from mdm_hf.training.digits import (
     load_digits_split,
     question_and_answer,
 )
+from mdm_hf.training.mix import ConversationMix
+from mdm_hf.training.recipe_digits import TASK_WEIGHTS
 
 
 WEIGHTS = {"class_to_image": 1.0, "text_to_image": 2.0, "image_to_text": 1.0, "question_answering": 1.0}
 
 
 def dataset(
-    num_samples: int = 4000, batch_size: int = 20, weights: dict | None = None, **options
-) -> DigitsTaskDataset:
-    return DigitsTaskDataset("train", num_samples, batch_size, weights or WEIGHTS, **options)
+    num_samples: int = 4000,
+    batch_size: int = 20,
+    weights: dict | None = None,
+    seed: int = 0,
+    task_starts: dict[str, int] | None = None,
+    **options,
+) -> ConversationMix:
+    source = DigitsSource("train", weights or WEIGHTS, **options)
+    return ConversationMix({"digits": source}, num_samples, batch_size, seed, task_starts=task_starts)
 
 
 def parts(example: dict, role: str) -> list[dict]:
@@ -55,6 +65,10 @@ def as_bytes(example: dict) -> list:
         for message in example["messages"]
         for part in message["content"]
     ]
+
+
+def pinned(value):
+    return hashlib.sha256(value).hexdigest()[:12] if isinstance(value, bytes) else value
 
 
 def test_the_split_holds_out_every_sixth_image_and_trains_on_all_others() -> None:
@@ -207,6 +221,16 @@ def test_a_sample_depends_on_seed_and_index_alone() -> None:
     assert in_order == [as_bytes(shorter[i]) for i in range(200)]
 
 
+def test_the_stream_is_the_one_that_the_shipped_weights_were_trained_on() -> None:
+    source = DigitsSource("train", TASK_WEIGHTS)
+    data = ConversationMix({"digits": source}, 128_000, 64, 3, task_starts={"prompt_to_image_and_text": 64 * 950})
+    seen = hashlib.sha256()
+    for i in range(0, 128_000, 61):
+        parts_seen = [(role, kind, pinned(value)) for role, kind, value in as_bytes(data[i])]
+        seen.update(repr((data.task_of(i), parts_seen)).encode())
+    assert seen.hexdigest() == "98a2ec088c1debd447a1a741ac81976a9e54ddcffe32b31ba0b7a98b5510def6"
+
+
 def test_another_seed_gives_other_tasks_and_other_samples() -> None:
     one, other = dataset(seed=7), dataset(seed=8)
     assert [one.task_of(i) for i in range(4000)] != [other.task_of(i) for i in range(4000)]
@@ -277,7 +301,7 @@ def test_a_dropped_condition_leaves_no_user_turn() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": {"video": 1.0}}, "Got task weights or starts for video; choose among class_to_image"),
+        ({"weights": {"video": 1.0}}, "Got task weights for video; choose among class_to_image"),
         ({"weights": {"image_to_text": 0.0}}, "one of them positive"),
         ({"weights": {"image_to_text": -1.0, "text_to_image": 2.0}}, "weights of 0 or more"),
         ({"batch_size": 0}, "batch_size 0"),

@@ -14,7 +14,8 @@ from transformers import AutoProcessor
 from transformers.pipelines.any_to_any import AnyToAnyPipeline, Chat, ReturnType
 
 from mdm_hf import MDMImageProcessorPil, MDMProcessor
-from mdm_hf.training.digits import TASKS, DigitsTaskDataset
+from mdm_hf.training.digits import TASKS, DigitsSource
+from mdm_hf.training.mix import ConversationMix
 
 
 SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "mdm-digits"
@@ -256,7 +257,7 @@ def test_a_user_turn_without_parts_is_left_out(processor: MDMProcessor) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_row_does_not_depend_on_its_batch(processor: MDMProcessor, task: str) -> None:
-    data = DigitsTaskDataset("train", 12, 12, {task: 1.0})
+    data = ConversationMix({"digits": DigitsSource("train", {task: 1.0})}, 12, 12)
     batch = [data[i]["messages"] for i in range(12)]
     together = processor.apply_chat_template(batch)
     seen = 0
@@ -516,7 +517,7 @@ def test_generated_rows_come_back_as_text_and_pictures(processor: MDMProcessor) 
 
 
 def test_a_training_row_comes_back_as_what_was_put_in(processor: MDMProcessor) -> None:
-    data = DigitsTaskDataset("train", 40, 40, {"question_answering": 1.0})
+    data = ConversationMix({"digits": DigitsSource("train", {"question_answering": 1.0})}, 40, 40)
     examples = [data[i]["messages"] for i in range(40)]
     sequences = processor.apply_chat_template(examples)["input_ids"]
     results = processor.post_process_multimodal_output(sequences)

@@ -3,7 +3,6 @@
 - Image i of scikit-learn's `load_digits` is held out if i % 6 == 5; nothing is trained on those.
 - A caption names its digit once, as a word or as a numeral, so what a generated text says can be read off exactly.
 - A question and a digit determine the answer, so an answer is right or wrong, never a matter of taste.
-- Sample n of a run depends on (seed, n) alone: a resumed run sees what the first would have seen.
 """
 
 import re
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+
+from .records import image_part, text_part
 
 
 TASKS = (
@@ -167,23 +167,23 @@ def conversation(
     seen = augmented(image, rng) if augment and task in ("image_to_text", "question_answering") else image
     class_part = {"type": "class", "class": label}
     user: list[dict]
-    assistant: list[dict] = [{"type": "image", "image": image}]
+    assistant: list[dict] = [image_part(image)]
     if task == "class_to_image":
         user = [class_part]
     elif task == "text_to_image":
-        user = [_text(caption(label, rng))]
+        user = [text_part(caption(label, rng))]
     elif task == "image_to_text":
-        user = [{"type": "image", "image": seen}]
-        assistant = [_text(caption(label, rng))]
+        user = [image_part(seen)]
+        assistant = [text_part(caption(label, rng))]
     elif task == "question_answering":
         question, answer = question_and_answer(label, rng)
-        user = [{"type": "image", "image": seen}, _text(question)]
-        assistant = [_text(answer)]
+        user = [image_part(seen), text_part(question)]
+        assistant = [text_part(answer)]
     elif task in ("image_and_text", "prompt_to_image_and_text"):
         user = []
         if task == "prompt_to_image_and_text":
-            user = [class_part if rng.random() < 0.5 else _text(caption(label, rng))]
-        assistant.append(_text(caption(label, rng)))
+            user = [class_part if rng.random() < 0.5 else text_part(caption(label, rng))]
+        assistant.append(text_part(caption(label, rng)))
     else:
         raise ValueError(f"Got task {task!r}; choose one of {', '.join(TASKS)}.")
     if task in ("text_to_image", "image_to_text", "question_answering") and rng.random() < class_probability:
@@ -194,49 +194,30 @@ def conversation(
     return {"messages": messages + [{"role": "assistant", "content": assistant}]}
 
 
-def _text(text: str) -> dict:
-    return {"type": "text", "text": text}
-
-
-class DigitsTaskDataset(Dataset):
-    """Endless variations on the digits as `num_samples` conversations, one task per batch when read in order.
+class DigitsSource:
+    """Endless variations on the digits, for a [`ConversationMix`].
 
     Args:
         split: "train" or "heldout".
-        num_samples: Length of the data set.
-        batch_size: Runs of this many samples share a task, drawn by weight.
-        task_weights: Task -> weight; the weights need not sum to one.
-        task_starts: Task -> the first sample that can be of it; 0 where it is not named.
-        seed: With the index, determines a sample.
+        tasks: Task -> weight; the weights need not sum to one.
         augment, condition_dropout, class_probability: See [`conversation`].
     """
+
+    on_bad = "refuse"  # there are no bad digits
+    is_streaming = False
 
     def __init__(
         self,
         split: str,
-        num_samples: int,
-        batch_size: int,
-        task_weights: dict[str, float],
-        seed: int = 0,
+        tasks: dict[str, float],
         augment: bool = True,
         condition_dropout: float = 0.1,
         class_probability: float = 0.1,
-        task_starts: dict[str, int] | None = None,
     ):
-        unknown = sorted((set(task_weights) | set(task_starts or {})) - set(TASKS))
-        if unknown:
-            raise ValueError(f"Got task weights or starts for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
-        if not task_weights or min(task_weights.values()) < 0 or sum(task_weights.values()) <= 0:
-            raise ValueError(f"Got task weights {task_weights}; need weights of 0 or more, one of them positive.")
-        if num_samples < 0 or batch_size < 1:
-            raise ValueError(
-                f"Got num_samples {num_samples} and batch_size {batch_size}; need at least 0 samples, and 1 a batch."
-            )
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise ValueError(f"Got task weights for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
         self.images, self.labels = load_digits_split(split)
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.task_weights, self.task_starts = task_weights, task_starts or {}
-        if not self._tasks_at(0):
-            raise ValueError(f"Got task_starts {task_starts}; need a task of positive weight that starts at 0.")
+        self.tasks = tasks
         self.options: dict[str, Any] = {
             "augment": augment,
             "condition_dropout": condition_dropout,
@@ -244,24 +225,9 @@ class DigitsTaskDataset(Dataset):
         }
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(self.images)
 
-    def task_of(self, index: int) -> str:
-        """The task of sample `index`, the same throughout its batch."""
-        number = index // self.batch_size
-        tasks = self._tasks_at(number * self.batch_size)
-        weights = np.array([self.task_weights[task] for task in tasks], dtype=np.float64)
-        draw = np.random.default_rng((self.seed, 0, number)).random()
-        ends = np.cumsum(weights / weights.sum())
-        return tasks[min(int(np.searchsorted(ends, draw, side="right")), len(tasks) - 1)]
-
-    def _tasks_at(self, index: int) -> list[str]:
-        """Tasks of positive weight that have started."""
-        return [t for t in TASKS if self.task_weights.get(t, 0) > 0 and index >= self.task_starts.get(t, 0)]
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"Got index {index}; the data set has {self.num_samples} samples.")
-        rng = np.random.default_rng((self.seed, 1, index))
+    def sample(self, index: int, task: str, rng: np.random.Generator) -> dict:
+        """A conversation about a digit that `rng` chooses; `index` has no say: the shipped weights saw this stream."""
         which = int(rng.integers(len(self.images)))
-        return conversation(self.task_of(index), self.images[which], self.labels[which], rng, **self.options)
+        return conversation(task, self.images[which], self.labels[which], rng, **self.options)

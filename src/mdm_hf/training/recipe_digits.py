@@ -11,7 +11,8 @@ from ..generation_mdm import MDMGenerationConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
-from .digits import DigitsTaskDataset
+from .digits import DigitsSource
+from .mix import ConversationMix
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
 
 
@@ -67,11 +68,10 @@ def train_digits(
     else:
         model = MDMForMultiModalGeneration.from_pretrained(init_from, **config_overrides)
     task_starts = TASK_STARTS if init_from is None else {}
-    data = DigitsTaskDataset(
-        split="train",
+    data = ConversationMix(
+        {"digits": DigitsSource("train", TASK_WEIGHTS)},
         num_samples=max_steps * batch_size,
         batch_size=batch_size,
-        task_weights=TASK_WEIGHTS,
         task_starts={task: int(share * max_steps) * batch_size for task, share in task_starts.items()},
         seed=seed,
     )
