@@ -66,6 +66,20 @@ ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT
 NEVER_AT_RUNTIME = {"cli"}  # stays at home, beside the folders training/ and evaluation/
 
+# The files of training/: the siblings each may import, beside anything at runtime. Only readers.py reads data sets.
+TRAINING_ARROWS: dict[str, set[str]] = {
+    "__init__": set(),
+    "records": set(),
+    "adapters": {"records"},
+    "readers": {"records", "adapters"},
+    "mix": {"records"},
+    "digits": {"records"},
+    "measures": set(),
+    "trainer": {"measures"},
+    "recipe_digits": {"digits", "mix", "trainer"},
+}
+NEEDS_NO_MODEL = {"records", "adapters", "readers", "mix", "digits"}  # a DataLoader's worker imports these
+
 KERNEL_PACKAGES = {"mamba_ssm", "causal_conv1d", "triton"}
 OPS_MAY_IMPORT = {"torch", "einops", "math", "typing", "collections", "dataclasses", "functools", "itertools"}
 DISTRIBUTION_TO_MODULE = {"pillow": "PIL"}
@@ -196,6 +210,17 @@ def test_the_arrows_form_no_cycle() -> None:
 def test_runtime_files_lie_flat() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert folders <= {"training", "evaluation"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "training").glob("*.py")), ids=lambda path: path.stem)
+def test_every_arrow_of_the_training_file_holds(path: Path) -> None:
+    assert path.stem in TRAINING_ARROWS, f"{path.name} has no place in TRAINING_ARROWS"
+    imports = list(read_imports(ast.parse(path.read_text(encoding="utf-8"))))
+    assert {found.module for found in imports if found.level == 1} <= TRAINING_ARROWS[path.stem]
+    if path.stem in NEEDS_NO_MODEL:
+        assert not [found.module for found in imports if found.level > 1]
+    if path.stem != "readers":
+        assert not [found.module for found in imports if not found.level and found.top == "datasets"]
 
 
 def test_no_file_of_the_repository_imports_torchvision() -> None:

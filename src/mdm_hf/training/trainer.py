@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import logging
@@ -178,6 +180,26 @@ class MDMTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers, but what reads each process's part of a stream by itself is not split once more.
+
+        accelerate would have process 0 read for all and cut each tensor to the rows of `input_ids`, pixels too.
+        """
+        if not getattr(self.train_dataset, "splits_by_rank", False):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        device = self.accelerator.device
+        return prepare_data_loader(
+            loader, device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "seeds" not in inputs:
