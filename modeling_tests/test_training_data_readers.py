@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mdm_hf.training.readers import RecordSource, open_image, read_source
 from mdm_hf.training.records import BadRow
 
 
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+DOCS = Path(__file__).parents[1] / "docs"
 COUNT = 6
 CAPTIONS = [f"shade {i}" for i in range(COUNT)]
 
@@ -148,6 +151,14 @@ def test_changed_files_are_read_anew_and_not_from_a_cache(tmp_path) -> None:
     assert ADAPTERS["text"](read_source(path, "text").row(0)).captions == ["new words"]
 
 
+def test_the_snippet_for_a_folder_of_ones_own_runs_as_docs_data_has_it(tmp_path, monkeypatch, capsys) -> None:
+    folder_with_csv(tmp_path / "my_images")
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), flags=re.DOTALL)[1]
+    exec(snippet, {})
+    assert "'role': 'assistant'" in capsys.readouterr().out
+
+
 def broken_images() -> dict[str, tuple[object, str, str]]:
     """Name -> image, kind, message."""
     whole = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
@@ -206,14 +217,14 @@ def test_an_image_is_turned_upright_as_its_exif_says_and_grey_or_coloured_as_the
     assert opened.size == (8, 16)
     assert np.asarray(opened)[0].max() < 64
     assert np.asarray(opened)[-1].min() > 192
-    processor = MDMProcessor.from_pretrained("model_cards/mdm-digits")
+    processor = MDMProcessor.from_pretrained(CARD)
     pixels = processor.image_processor([opened], return_tensors="pt")["pixel_values"]
     assert pixels.shape[1] == 1
     assert pixels[0, 0, 0].max() < pixels[0, 0, -1].min()
 
 
 def test_what_the_check_refuses_is_a_bad_row() -> None:
-    processor = MDMProcessor.from_pretrained("model_cards/mdm-digits")
+    processor = MDMProcessor.from_pretrained(CARD)
     rows = [{"text": "a seven"}, {"text": "an <|image|> mark"}, {"text": "a " * 5000}]
     source = RecordSource(rows, "text", check=processor.apply_chat_template)
     source.sample(0, "text", np.random.default_rng(0))

@@ -1,6 +1,7 @@
 """Rows of known data sets become records, and records conversations of every task that they have the fields for."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from mdm_hf import MDMProcessor
 from mdm_hf.training.adapters import ADAPTERS, DEFAULT_TASKS
 from mdm_hf.training.digits import TASKS as DIGITS_TASKS
 from mdm_hf.training.records import TASKS, BadRow, Record, conversation_of
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -103,7 +107,7 @@ def test_a_row_that_cannot_be_used_says_what_is_wrong(adapter: str, row: dict, k
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_processor_takes_the_conversation_of_every_task(task: str) -> None:
-    processor = MDMProcessor.from_pretrained("model_cards/mdm-digits")
+    processor = MDMProcessor.from_pretrained(CARD)
     example = conversation_of(full_record(), task, rng(), condition_dropout=0.0)
     inputs = processor.apply_chat_template(example["messages"])
     assert int(inputs["target_mask"].sum()) > 0
