@@ -40,7 +40,8 @@ PROCESSING = {"image_processing_mdm", "processing_mdm"}
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
 ARROWS: dict[str, set[str]] = {
-    "configuration_mdm": set(),
+    "pixel_autoencoder": set(),
+    "configuration_mdm": {"pixel_autoencoder"},  # what stands in a config, it says itself
     "noise_schedule": set(),
     "custom_ops": set(),
     "scan_switch": {"custom_ops"},
@@ -56,7 +57,10 @@ ARROWS: dict[str, set[str]] = {
     "generation_mdm": CONFIGURATION | OPS | LAYOUT | {"solvers"},  # called on self, so it never names the model
     "modeling_mdm_vae": CONFIGURATION | OPS,
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT,
-    "modeling_mdm": CONFIGURATION | OPS | LAYOUT | {"generation_mdm", "modeling_mdm_vae", "modeling_mdm_block"},
+    "modeling_mdm": CONFIGURATION
+    | OPS
+    | LAYOUT
+    | {"generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "pixel_autoencoder"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "processing_mdm": CONFIGURATION | {"image_processing_mdm", "token_rows"},

@@ -1,5 +1,6 @@
 """A tiny model and hand-made sequences for the tests; token ids as MDMConfig's defaults have them."""
 
+import diffusers
 import torch
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration
@@ -34,6 +35,42 @@ def tiny_model(**overrides) -> MDMForMultiModalGeneration:
     model = MDMForMultiModalGeneration(tiny_config(**overrides)).eval()
     torch.nn.init.normal_(model.latent_head.weight, std=0.3)
     return model
+
+
+def tiny_autoencoder(class_name: str = "AutoencoderKL", seed: int = 0, **options) -> torch.nn.Module:
+    """A pixel autoencoder with random weights: RGB images to latents of 4 channels, half as high and wide."""
+    sizes = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    torch.manual_seed(seed)
+    return getattr(diffusers, class_name)(**(sizes | options)).eval()
+
+
+def save_autoencoder(folder, class_name: str = "AutoencoderKL", seed: int = 0, **options) -> torch.nn.Module:
+    """Writes one, with a card that names its licence, as a repository on the Hub has it."""
+    autoencoder = tiny_autoencoder(class_name, seed, **options)
+    autoencoder.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nAn autoencoder.\n")
+    return autoencoder
+
+
+def model_with(folder, **overrides) -> MDMForMultiModalGeneration:
+    """A tiny model with the autoencoder of a folder in front of it."""
+    config = tiny_config(**overrides).with_pixel_autoencoder(str(folder))
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(config).eval().load_pixel_autoencoder()
+    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
+    return model
+
+
+def rgb_pixels(n: int = 1, height: int = 4 * GRID[0], width: int = 4 * GRID[1], seed: int = 0) -> torch.Tensor:
+    """Images of GRID patches of 2x2 latents, each latent of 2x2 pixels."""
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def image_segment(token: int) -> list[int]:
@@ -84,6 +121,14 @@ def batch(kinds, is_training: bool = False) -> dict:
     if is_training:
         is_text = (target_mask == 1) & (input_ids != IMAGE)
         inputs["labels"] = torch.where(is_text, input_ids, -100)
+    return inputs
+
+
+def rgb_batch(kinds, is_training: bool = False) -> dict:
+    """As `batch`, for a model with an autoencoder in front of it."""
+    inputs = batch(kinds, is_training)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = rgb_pixels(len(inputs["pixel_values"]))
     return inputs
 
 

@@ -1,9 +1,12 @@
 """Configurations of MDM (paper Sec. 5.1, Appendix C)."""
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .pixel_autoencoder import check_pixel_autoencoder, downsampling, latent_channels, read_pixel_autoencoder
 
 
 class _CustomPipelines(dict):
@@ -25,8 +28,9 @@ class MDMVAEConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Number of token ids, control tokens included.
-        num_channels: Channels of the images.
-        patch_size: Height and width of a patch in pixels; one patch is one position of the sequence.
+        num_channels: Channels of the images, or of a pixel autoencoder's latents.
+        patch_size: Height and width of a patch in pixels, or in those latents; one patch is one position of the
+            sequence.
         latent_size: Width of the latent space shared by both modalities.
         hidden_size: Width of the encoder and the decoder.
         num_hidden_layers: Hidden layers of the encoder, and of the decoder.
@@ -60,6 +64,9 @@ class MDMConfig(PreTrainedConfig):
 
     Args:
         vae_config: The unified VAE's configuration.
+        pixel_autoencoder: A frozen autoencoder of diffusers between pixels and patches, or None: "class_name"
+            ("AutoencoderKL" or "VQModel"), "config" (its config.json), and where it is from: "repo_id", "revision",
+            "subfolder", "license". `with_pixel_autoencoder` fills it in.
         hidden_size: Width of the Mamba-2 blocks.
         num_hidden_layers: Number of blocks.
         state_size: Width N of the SSM state (paper Eq. 10).
@@ -106,6 +113,7 @@ class MDMConfig(PreTrainedConfig):
     ]
 
     vae_config: dict | PreTrainedConfig | None = None
+    pixel_autoencoder: dict | None = None
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     state_size: int = 128
@@ -156,6 +164,8 @@ class MDMConfig(PreTrainedConfig):
             self.vae_config = MDMVAEConfig()
         elif isinstance(self.vae_config, dict):
             self.vae_config = MDMVAEConfig(**self.vae_config)
+        if self.pixel_autoencoder is not None:  # a copy, with lists for tuples, as it comes back from JSON
+            self.pixel_autoencoder = json.loads(json.dumps(dict(self.pixel_autoencoder)))
         self.scan_directions = list(self.scan_directions)
         super().__post_init__(**kwargs)
         if "custom_pipelines" in kwargs:
@@ -181,6 +191,44 @@ class MDMConfig(PreTrainedConfig):
         if name not in MDM_PRESETS:
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(MDM_PRESETS)}.")
         return cls(**(MDM_PRESETS[name] | overrides))
+
+    def with_pixel_autoencoder(
+        self, repo_id: str, revision: str | None = None, subfolder: str | None = None, **hub_options: Any
+    ) -> "MDMConfig":
+        """This configuration with the autoencoder of a folder or a Hub repository in front of the patches.
+
+        Reads its config.json alone; the model's `load_pixel_autoencoder` fetches the weights. The number of its latent
+        channels becomes `vae_config.num_channels`.
+
+        Args:
+            repo_id: Folder or Hub repository with an AutoencoderKL or a VQModel of diffusers.
+            revision: Branch, tag or commit; the commit is what is kept.
+            subfolder: Where in the repository it lies: "vae" in those of whole pipelines.
+            hub_options: `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: there is no such autoencoder.
+        """
+        spec = read_pixel_autoencoder(repo_id, revision, subfolder, **hub_options)
+        fields = self.to_dict()
+        fields["vae_config"] = fields["vae_config"] | {"num_channels": latent_channels(spec)}
+        return type(self).from_dict(fields | {"pixel_autoencoder": spec})
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pixels."""
+        spec = self.pixel_autoencoder
+        return self.vae_config.num_channels if spec is None else spec["config"]["in_channels"]
+
+    @property
+    def pixel_downsampling(self) -> int:
+        """Pixels to what the patches are cut from, along a side; 1 without a pixel autoencoder."""
+        return 1 if self.pixel_autoencoder is None else downsampling(self.pixel_autoencoder)
+
+    @property
+    def pixel_patch_size(self) -> int:
+        """Height and width in pixels of what one position of the sequence stands for."""
+        return self.pixel_downsampling * self.vae_config.patch_size
 
     @property
     def vocab_size(self) -> int:
@@ -238,6 +286,10 @@ class MDMConfig(PreTrainedConfig):
 
     def validate_vocabulary(self):
         self.check_vocab_size(self.vocab_size)
+
+    def validate_pixel_autoencoder(self):
+        if self.pixel_autoencoder is not None:
+            check_pixel_autoencoder(self.pixel_autoencoder, self.vae_config.num_channels)
 
     def validate_sizes(self):
         _require_positive(

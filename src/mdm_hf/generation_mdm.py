@@ -204,6 +204,7 @@ class MDMGenerationMixin:
         scheduler=None,
         callback_on_step_end: Callable | None = None,
         generation_mode: str | None = None,
+        image_latents: Tensor | None = None,
         progress_bar: bool = False,
         return_dict_in_generate: bool = True,
         labels: Tensor | None = None,
@@ -226,6 +227,7 @@ class MDMGenerationMixin:
                 network call; `decode()` gives a preview as MDMGenerateOutput. It may return {"latents": ...} to
                 replace them.
             generation_mode: "image" or "text"; checked against the targets, None accepts any.
+            image_latents: As in `forward`, in place of `pixel_values`.
             progress_bar: Show the network calls on a progress bar.
             return_dict_in_generate: False returns `sequences` alone.
 
@@ -235,12 +237,15 @@ class MDMGenerationMixin:
         config = self._sampling_config(generation_config, options)
         if labels is not None:
             raise ValueError("`generate` got `labels`; they are for training. Drop them from the inputs.")
-        check_inputs(self.config, input_ids, pixel_values, image_grid_hw, attention_mask, target_mask, class_ids)
+        fixed = image_grid_hw, attention_mask, target_mask
+        check_inputs(self.config, input_ids, pixel_values, *fixed, class_ids, image_latents=image_latents)
         input_ids = input_ids.long()
-        layout = self.model.layout(input_ids, image_grid_hw, attention_mask, target_mask)
+        layout = self.model.layout(input_ids, *fixed)
         check_targets(layout, generation_mode)
         generators = as_generators(generator, len(input_ids))
-        conditions = self.model.encode(layout, input_ids, pixel_values).mean.float()
+        known_images = self.model.known_images(layout, pixel_values, image_latents)
+        conditions = self.model.encode(layout, input_ids, known_images).mean.float()
+        known = input_ids, known_images, pixel_values
         noise = self._draw_noise(layout, conditions, generators)
 
         scales = {"image": config.guidance_scale, "text": config.guidance_scale}
@@ -258,16 +263,16 @@ class MDMGenerationMixin:
                 if track.first <= step < track.last:
                     z = track.advance(step, z_0, z)
             if callback_on_step_end is not None:
-                preview = partial(self._preview, view, z_0, input_ids, pixel_values)
+                preview = partial(self._preview, view, z_0, *known)
                 times = [track.time_after(step + 1) for track in tracks]
                 changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
                 z = replaced_latents(changed, z)
-        output = self._decode(layout, view.restore(z), input_ids, pixel_values)
+        output = self._decode(layout, view.restore(z), *known)
         return output if return_dict_in_generate else output.sequences
 
-    def _preview(self, view, z_0: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> MDMGenerateOutput:
+    def _preview(self, view, z_0: Tensor, *known) -> MDMGenerateOutput:
         """What the sample would be if the prediction z0-hat were right."""
-        return self._decode(view.full_layout, view.restore(z_0), input_ids, pixel_values)
+        return self._decode(view.full_layout, view.restore(z_0), *known)
 
     def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
         base = self.generation_config if generation_config is None else generation_config
@@ -316,13 +321,12 @@ class MDMGenerationMixin:
             noise[row, mask[row]] = torch.randn(count, like.shape[-1], generator=generator)
         return noise.to(like.device)
 
-    def _decode(self, layout, latents: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> MDMGenerateOutput:
-        """Latents (b, l, d) -> text and images (paper Sec. 4.2.2)."""
-        config, vae = self.config, self.model.vae
-        sequences = input_ids.clone()
+    def _decode(self, layout, latents: Tensor, input_ids: Tensor, known_images, pixel_values) -> MDMGenerateOutput:
+        """Latents (b, l, d) -> text and images (paper Sec. 4.2.2). A partly known image keeps its known patches."""
+        config, sequences = self.config, input_ids.clone()
         text = layout.is_target & layout.is_text
         if bool(text.any()):
-            logits = check_finite(vae.decode_tokens(latents[text].to(self.dtype)).float(), "text")
+            logits = check_finite(self.model.vae.decode_tokens(latents[text].to(self.dtype)).float(), "text")
             forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
             logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
             sequences[text] = logits.argmax(-1)
@@ -332,15 +336,11 @@ class MDMGenerationMixin:
             for index in layout.image_index[row][wanted[row]].unique().tolist():
                 at = layout.is_patch[row] & (layout.image_index[row] == index)
                 h, w = layout.grid[row][at][0].tolist()
-                image = vae.decode_images(latents[row][at].view(1, h, w, -1).to(self.dtype))[0].float()
-                image = check_finite(image, "image")
-                keep = (at & layout.is_known_patch[row] & ~layout.is_target[row])[at]
-                if bool(keep.any()):  # a partly known image keeps its known pixels
-                    p = config.vae_config.patch_size
-                    known = pixel_values[int(layout.known_index[row][at][0]), :, : h * p, : w * p].to(image)
-                    keep = keep.view(h, w).repeat_interleave(p, 0).repeat_interleave(p, 1)
-                    image = torch.where(keep, known, image)
-                images[row].append(image.clamp(-1, 1))
+                is_known = (at & layout.is_known_patch[row] & ~layout.is_target[row])[at].view(h, w)
+                i = int(layout.known_index[row][at][0])
+                sources = (None if one is None else one[i] for one in (known_images, pixel_values))
+                image = self.model.decode_image(latents[row][at].view(h, w, -1), is_known, *sources)
+                images[row].append(check_finite(image, "image").clamp(-1, 1))
         return MDMGenerateOutput(sequences=sequences, images=images, latents=latents)
 
 

@@ -37,6 +37,7 @@ def check_inputs(
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     options: Mapping[str, Any] | None = None,
+    image_latents: Tensor | None = None,
 ) -> None:
     """Raises ValueError for inputs that do not fit together, and for `options` that no model knows."""
     if torch.compiler.is_compiling():
@@ -88,7 +89,12 @@ def check_inputs(
             raise ValueError(
                 f"`seeds` is {seeds.tolist()}; it must be (batch,) = ({b},) whole numbers of 0 or more, one per row."
             )
-    _check_images(config, input_ids, pixel_values, image_grid_hw)
+    if pixel_values is not None and image_latents is not None:
+        raise ValueError(
+            "Got both `pixel_values` and `image_latents`; give one of them: latents are what the pixel autoencoder "
+            "made of the pixels."
+        )
+    _check_images(config, input_ids, pixel_values, image_grid_hw, image_latents)
     _check_headers(config, input_ids, attention_mask, target_mask)
 
 
@@ -237,7 +243,7 @@ def _check_headers(config, input_ids, attention_mask, target_mask) -> None:
             )
 
 
-def _check_images(config, input_ids, pixel_values, image_grid_hw) -> None:
+def _check_images(config, input_ids, pixel_values, image_grid_hw, image_latents) -> None:
     is_start = input_ids == config.image_start_token_id
     is_known = input_ids == config.image_token_id
     is_patch = is_known | (input_ids == config.image_target_token_id)
@@ -251,7 +257,7 @@ def _check_images(config, input_ids, pixel_values, image_grid_hw) -> None:
     num_images = int(is_start.sum())
     image = is_start.flatten().long().cumsum(0).view_as(input_ids) - 1  # the index of each patch's image
     known = image[is_known].unique()  # images of which at least one patch is known
-    if len(known) and pixel_values is None:
+    if len(known) and pixel_values is None and image_latents is None:
         raise ValueError(
             f"`input_ids` holds {len(known)} image(s) of known patches (id {config.image_token_id}), but "
             f"`pixel_values` is None; pass the pixels, or use id {config.image_target_token_id} where an image is to "
@@ -259,6 +265,8 @@ def _check_images(config, input_ids, pixel_values, image_grid_hw) -> None:
         )
     if pixel_values is not None:
         _check_pixels(config, pixel_values, len(known))
+    if image_latents is not None:
+        _check_latents(config, image_latents, len(known))
     if num_images == 0:
         return
     if image_grid_hw is None:
@@ -282,31 +290,54 @@ def _check_images(config, input_ids, pixel_values, image_grid_hw) -> None:
             f"Image {i} has {counts[i].item()} patch tokens, its `image_grid_hw` {grid[i].tolist()} needs "
             f"{needed[i].item()}, from 1 or more rows and columns; expand the image token once per patch."
         )
-    if pixel_values is not None and len(known):
-        height, width = (grid[known].amax(0) * config.vae_config.patch_size).tolist()
-        if height > pixel_values.shape[2] or width > pixel_values.shape[3]:
-            raise ValueError(
-                f"`image_grid_hw` asks for images of up to {height}x{width} pixels, `pixel_values` is only "
-                f"{pixel_values.shape[2]}x{pixel_values.shape[3]}; make them agree."
-            )
+    for name, images, patch, unit in (
+        ("pixel_values", pixel_values, config.pixel_patch_size, "pixels"),
+        ("image_latents", image_latents, config.vae_config.patch_size, "latents"),
+    ):
+        if images is not None and len(known):
+            height, width = (grid[known].amax(0) * patch).tolist()
+            if height > images.shape[2] or width > images.shape[3]:
+                raise ValueError(
+                    f"`image_grid_hw` asks for images of up to {height}x{width} {unit}, `{name}` is only "
+                    f"{images.shape[2]}x{images.shape[3]}; make them agree."
+                )
+
+
+def _check_latents(config, image_latents, num_known: int) -> None:
+    if config.pixel_autoencoder is None:
+        raise ValueError(
+            "Got `image_latents` for a model without a pixel autoencoder; pass the images as `pixel_values`, or build "
+            "the model from config.with_pixel_autoencoder(repo_id)."
+        )
+    _check_stack("image_latents", image_latents, config.vae_config.num_channels, num_known, config.image_token_id)
+    p = config.vae_config.patch_size
+    if image_latents.shape[2] % p or image_latents.shape[3] % p:
+        raise ValueError(
+            f"`image_latents` is {image_latents.shape[2]}x{image_latents.shape[3]}, not a multiple of patch_size {p}; "
+            f"encode images whose sides are multiples of {config.pixel_patch_size} pixels."
+        )
 
 
 def _check_pixels(config, pixel_values, num_known: int) -> None:
-    _check_tensor("pixel_values", pixel_values, is_whole=False)
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.vae_config.num_channels:
-        raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; it must be (images, "
-            f"{config.vae_config.num_channels}, height, width)."
-        )
-    if len(pixel_values) != num_known:
-        raise ValueError(
-            f"`pixel_values` holds {len(pixel_values)} image(s), `input_ids` has places for {num_known}; give "
-            f"one run of id {config.image_token_id} between image start and end tokens for each image."
-        )
-    if not bool(torch.isfinite(pixel_values).all()):
-        raise ValueError("`pixel_values` holds NaN or infinity; all pixels must be finite, in [-1, 1].")
+    _check_stack("pixel_values", pixel_values, config.image_channels, num_known, config.image_token_id)
     if bool((pixel_values.abs() > 1 + PIXEL_SLACK).any()):
         raise ValueError(
             f"`pixel_values` ranges from {pixel_values.min().item():g} to {pixel_values.max().item():g}; pixels must "
             "lie in [-1, 1], black to white; scale them as MDMImageProcessorPil does."
         )
+
+
+def _check_stack(name: str, images, num_channels: int, num_known: int, image_token_id: int) -> None:
+    _check_tensor(name, images, is_whole=False)
+    if images.ndim != 4 or images.shape[1] != num_channels:
+        raise ValueError(
+            f"`{name}` has shape {tuple(images.shape)}; it must be (images, {num_channels}, height, width)."
+        )
+    if len(images) != num_known:
+        raise ValueError(
+            f"`{name}` holds {len(images)} image(s), `input_ids` has places for {num_known}; give "
+            f"one run of id {image_token_id} between image start and end tokens for each image."
+        )
+    if not bool(torch.isfinite(images).all()):
+        needed = ", in [-1, 1]" if name == "pixel_values" else ""
+        raise ValueError(f"`{name}` holds NaN or infinity; all values must be finite{needed}.")

@@ -31,6 +31,7 @@ from .input_checks import check_inputs, check_labels
 from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMMixer, MDMRMSNorm, MDMSelectiveScan
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
+from .pixel_autoencoder import MDMPixelAutoencoder
 from .score_entropy import (
     chunked_text_score_entropy,
     ddpm_epsilon_loss,
@@ -114,6 +115,7 @@ class MDMModelOutput(ModelOutput):
         posterior: q(z | g) of every position.
         posterior_noise: (b, l, latent_size), of the sample that is reconstructed; None in evaluation.
         layout: What each position is.
+        known_images: (n, num_channels, h, w), what the unified VAE encoded: the pixels, or their latents.
     """
 
     last_hidden_state: Tensor | None = None
@@ -126,6 +128,7 @@ class MDMModelOutput(ModelOutput):
     posterior: MDMLatentPosterior | None = None
     posterior_noise: Tensor | None = None
     layout: SequenceLayout | None = None
+    known_images: Tensor | None = None
 
 
 @dataclass
@@ -172,12 +175,37 @@ class MDMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:  # names neither the repository nor the file
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} with a .safetensors file that cannot be read ({error}); need "
                 "whole ones; push or download them again, with force_download=True if the cache holds the broken one."
             ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.base_model.pixel_autoencoder is not None:
+            model.base_model.pixel_autoencoder.freeze()
+        return loaded
+
+    def load_pixel_autoencoder(self, source: str | None = None, **hub_options):
+        """Fetches the weights of the pixel autoencoder, once: what is saved or pushed afterwards has them.
+
+        Args:
+            source: Folder or Hub repository instead of the one in `config.pixel_autoencoder`.
+            hub_options: `token`, `cache_dir`, ...; with `source` also `revision` and `subfolder`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: the configuration has none, or its weights cannot be read.
+        """
+        if self.base_model.pixel_autoencoder is None:
+            raise ValueError(
+                "`config.pixel_autoencoder` is None, so there is nothing to load; build the model from "
+                "config.with_pixel_autoencoder(repo_id)."
+            )
+        self.base_model.pixel_autoencoder.load(source, **hub_options)
+        return self
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in torch, old weight names included: the Trainer resumes through here, and ignores names it misses."""
@@ -216,6 +244,10 @@ class MDMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MDMModel):
             for name in ("image", "text"):
                 init.copy_(getattr(module, f"{name}_alpha_bar"), module.alpha_bar_of(name))
+        elif isinstance(module, MDMPixelAutoencoder):
+            init.constant_(module.is_loaded, module.loaded_at_start)
+        elif isinstance(module, nn.Conv2d | nn.GroupNorm):  # of a pixel autoencoder; what is loaded is left alone
+            module.reset_parameters()
         elif isinstance(module, nn.Linear):
             depth = config.num_hidden_layers if module.out_features == config.hidden_size else 1
             init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
@@ -232,6 +264,9 @@ class MDMModel(MDMPreTrainedModel):
     def __init__(self, config: MDMConfig):
         super().__init__(config)
         self.vae = MDMVAEModel(config.vae_config)  # type: ignore[arg-type]
+        self.pixel_autoencoder = None
+        if config.pixel_autoencoder is not None:
+            self.pixel_autoencoder = MDMPixelAutoencoder(config.pixel_autoencoder)
         self.embeddings = MDMEmbeddings(config)
         self.layers = nn.ModuleList(MDMBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -272,12 +307,23 @@ class MDMModel(MDMPreTrainedModel):
         grid_hw = input_ids.new_ones(1, 2) if image_grid_hw is None else image_grid_hw.to(input_ids.device)
         return build_layout(self.config, input_ids, attention_mask, target_mask, grid_hw)
 
-    def encode(self, layout: SequenceLayout, input_ids: Tensor, pixel_values: Tensor | None) -> MDMLatentPosterior:
+    def known_images(
+        self, layout: SequenceLayout, pixel_values: Tensor | None, image_latents: Tensor | None
+    ) -> Tensor | None:
+        """What the unified VAE encodes: the pixels, or the latents of the pixel autoencoder, given or made here."""
+        if pixel_values is None or self.pixel_autoencoder is None:
+            return pixel_values if image_latents is None else image_latents
+        grid = layout.grid.new_zeros(len(pixel_values), 2)
+        grid[layout.known_index[layout.is_known_patch]] = layout.grid[layout.is_known_patch]
+        sizes = [(h, w) for h, w in (grid * self.config.pixel_patch_size).tolist()]
+        return self.pixel_autoencoder.encode_padded(pixel_values, sizes)
+
+    def encode(self, layout: SequenceLayout, input_ids: Tensor, known_images: Tensor | None) -> MDMLatentPosterior:
         """q(z | g) of every position (b, l, latent_size); no meaning at control tokens and patches to generate."""
         posterior = self.vae.encode_tokens(input_ids)
-        if pixel_values is None:
+        if known_images is None:
             return posterior
-        images = self.vae.encode_images(pixel_values.to(self.dtype))
+        images = self.vae.encode_images(known_images.to(self.dtype))
         _, h, w, _ = images.mean.shape
         at = (layout.known_index, layout.row.clamp(max=h - 1), layout.column.clamp(max=w - 1))
         known = layout.is_known_patch.unsqueeze(-1)
@@ -285,6 +331,20 @@ class MDMModel(MDMPreTrainedModel):
             mean=torch.where(known, images.mean[at], posterior.mean),
             log_variance=torch.where(known, images.log_variance[at], posterior.log_variance),
         )
+
+    def decode_image(
+        self, latents: Tensor, is_known: Tensor, known_image: Tensor | None, pixels: Tensor | None
+    ) -> Tensor:
+        """Latents (h, w, latent_size) -> image (channels, height, width) in float32, nominally in [-1, 1].
+
+        Patches that `is_known` (h, w) stay what they are: in `known_image`, which the unified VAE encoded, and behind
+        a pixel autoencoder once more in `pixels`, where they are given. Both may be larger than the image.
+        """
+        image = self.vae.decode_images(latents.unsqueeze(0).to(self.dtype))[0].float()
+        image = _keep_known(image, is_known, known_image)
+        if self.pixel_autoencoder is None:
+            return image
+        return _keep_known(self.pixel_autoencoder.decode(image.unsqueeze(0))[0], is_known, pixels)
 
     def alpha_bar_at(self, layout: SequenceLayout, timesteps: Tensor) -> Tensor:
         """The noise schedule at each position: (b, l); 1 wherever the position is no target."""
@@ -349,6 +409,7 @@ class MDMModel(MDMPreTrainedModel):
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
         seeds: Tensor | None = None,
+        image_latents: Tensor | None = None,
         **kwargs,
     ) -> MDMModelOutput:
         """One pass over conditions and noised targets.
@@ -365,6 +426,8 @@ class MDMModel(MDMPreTrainedModel):
             noise: (b, l, latent_size) epsilon of Eq. 1; drawn if absent.
             seeds: (b,) whole numbers: all that a row draws comes from its own seed, so its loss is the same in any
                 batch, on any device. Without them torch's generator is drawn from.
+            image_latents: (n, num_channels, height / f, width / f), in place of `pixel_values` what the pixel
+                autoencoder, which makes an image f times smaller, made of them.
 
         Raises:
             ValueError: inputs that do not fit together; the message says what was got, what is needed, what to do.
@@ -381,10 +444,12 @@ class MDMModel(MDMPreTrainedModel):
             noise,
             seeds,
             kwargs,
+            image_latents,
         )
         input_ids = input_ids.long()
         layout = self.layout(input_ids, image_grid_hw, attention_mask, target_mask)
-        posterior = self.encode(layout, input_ids, pixel_values)
+        known_images = self.known_images(layout, pixel_values, image_latents)
+        posterior = self.encode(layout, input_ids, known_images)
         uniform, normal = self.draw(layout, seeds)
         clean = posterior.mean
         if self.training:
@@ -410,7 +475,18 @@ class MDMModel(MDMPreTrainedModel):
             posterior=posterior,
             posterior_noise=normal[2] if self.training else None,
             layout=layout,
+            known_images=known_images,
         )
+
+
+def _keep_known(image: Tensor, is_known: Tensor, source: Tensor | None) -> Tensor:
+    """`image` (c, h * p, w * p) with the patches that `is_known` (h, w) taken from `source`."""
+    if source is None or not bool(is_known.any()):
+        return image
+    _, height, width = image.shape
+    p = height // len(is_known)
+    keep = is_known.repeat_interleave(p, 0).repeat_interleave(p, 1)
+    return torch.where(keep, source[:, :height, :width].to(image), image)
 
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:
@@ -491,6 +567,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
         noise: Tensor | None = None,
         seeds: Tensor | None = None,
         labels: Tensor | None = None,
+        image_latents: Tensor | None = None,
         **kwargs,
     ) -> MDMOutput:
         """Predicts the clean latents; with `labels`, L_total of Eq. 18 and its parts.
@@ -518,6 +595,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
             timesteps=timesteps,
             noise=noise,
             seeds=seeds,
+            image_latents=image_latents,
             **kwargs,
         )
         hidden_states, predicted, logits = outputs.last_hidden_state, None, None
@@ -525,7 +603,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
             predicted = self.predict_latents(hidden_states, outputs.noisy_latents, outputs.alpha_bar)
             if labels is None or not self.training:
                 logits = self.model.vae.decode_tokens(predicted.to(self.dtype))
-        losses = {} if labels is None else self.losses(outputs, predicted, pixel_values, labels)
+        losses = {} if labels is None else self.losses(outputs, predicted, outputs.known_images, labels)
         return MDMOutput(**losses, logits=logits, predicted_latents=predicted, hidden_states=outputs.hidden_states)
 
     def losses(

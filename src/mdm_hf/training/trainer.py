@@ -71,7 +71,8 @@ class ConversationCollator:
 class EMACallback(TrainerCallback):
     """Exponential moving average of the weights (paper Sec. 5.1); [`MDMTrainer`] saves and resumes it.
 
-    Of a model that FSDP2 shards every process averages its own shard.
+    Of a model that FSDP2 shards every process averages its own shard. Frozen weights, a pixel autoencoder's or those
+    under an adapter, are left out.
     """
 
     def __init__(self, decay: float = 0.9999):
@@ -80,7 +81,7 @@ class EMACallback(TrainerCallback):
         self.resume_from: Path | None = None  # a checkpoint's folder
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.ema = EMAModel(model.parameters(), decay=self.decay)
+        self.ema = EMAModel(_trained(model), decay=self.decay)
         if self.resume_from is None:
             return
         path = self.resume_from / EMA_FILE
@@ -95,7 +96,7 @@ class EMACallback(TrainerCallback):
         self.ema.optimization_step = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.ema.step(model.parameters())
+        self.ema.step(_trained(model))
 
     def save(self, folder: Path, is_main_process: bool = True):
         """Writes the average as the unsharded model has it; every process has to call this."""
@@ -105,19 +106,23 @@ class EMACallback(TrainerCallback):
 
     def swap_in(self, model):
         """Puts the averaged weights into `model`; `swap_out` brings the trained ones back."""
-        self.ema.store(_parameters_at_rest(model))
-        self.ema.copy_to(model.parameters())
+        self.ema.store(_trained_at_rest(model))
+        self.ema.copy_to(_trained(model))
 
     def swap_out(self, model):
-        self.ema.restore(_parameters_at_rest(model))
+        self.ema.restore(_trained_at_rest(model))
 
 
-def _parameters_at_rest(model):
-    """The parameters; of a model under FSDP2 as shards, of which a forward pass alone leaves some gathered."""
+def _trained(model) -> list:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _trained_at_rest(model) -> list:
+    """The trained parameters; of a model under FSDP2 as shards, of which a forward pass alone leaves some gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return model.parameters()
+    return _trained(model)
 
 
 class SampleGridCallback(TrainerCallback):
