@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mdm_hf.image_processing_mdm import MDMImageProcessorPil
+from mdm_hf import MDMConfig
+from mdm_hf.image_processing_mdm import MDMImageProcessorPil, buckets_of_area
 
 
 def processor(height: int = 8, width: int = 8, **options) -> MDMImageProcessorPil:
@@ -278,3 +279,76 @@ def test_a_saved_processor_comes_back_equal(tmp_path: Path) -> None:
     assert (loaded.patch_size, loaded.num_channels, loaded.max_pixels) == (4, 1, 1000)
     image = colour(20, 20)
     assert np.array_equal(loaded(image)["pixel_values"], original(image)["pixel_values"])
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(("height", "width", "patch_size"), [(256, 256, 16), (8, 8, 2), (64, 32, 4), (2, 2, 2)])
+def test_buckets_hold_no_more_patches_than_the_size_and_nothing_larger_fits(height, width, patch_size) -> None:
+    area = height * width
+    buckets = buckets_of_area(height, width, patch_size)
+    assert len(set(buckets)) == len(buckets) >= 1
+    for h, w in buckets:
+        assert h % patch_size == w % patch_size == 0
+        assert h * w <= area < min((h + patch_size) * w, h * (w + patch_size))
+        assert max(h, w) <= 2 * min(h, w)
+    assert {(w, h) for h, w in buckets} == set(buckets_of_area(width, height, patch_size))
+
+
+def test_an_image_goes_to_the_bucket_nearest_in_aspect_ratio() -> None:
+    take = processor(8, 8, aspect_ratio_buckets=True)  # of 16 patches: 3x5, 4x4, 5x3
+    nearest = {(30, 50): [3, 5], (90, 100): [4, 4], (64, 20): [5, 3], (6, 10): [3, 5], (1, 9): [3, 5]}
+    for (height, width), grid in nearest.items():
+        assert take(grey(height, width))["image_grid_hw"].tolist() == [grid], (height, width)
+    own = processor(8, 8, aspect_ratio_buckets=[(8, 8), (4, 16)])
+    assert own(grey(10, 30))["image_grid_hw"].tolist() == [[2, 8]]
+    assert own(grey(30, 10))["image_grid_hw"].tolist() == [[4, 4]]
+    assert own(grey(30, 10), aspect_ratio_buckets=[(12, 4)])["image_grid_hw"].tolist() == [[6, 2]]
+
+
+def test_a_bucket_shows_the_centre_of_the_image_without_squeezing_it() -> None:
+    levels = np.zeros((8, 20), dtype=np.uint8)
+    levels[:, 6:14] = 255  # the middle 8 columns
+    out = processor(8, 8, aspect_ratio_buckets=[(8, 8)])(levels, return_tensors="pt")["pixel_values"]
+    assert torch.all(out == 1)
+    squeezed = processor(8, 8)(levels, return_tensors="pt")["pixel_values"]
+    assert squeezed.min() == -1
+    unit = processor(8, 8, aspect_ratio_buckets=[(4, 4)])(levels.T / 255, return_tensors="pt")["pixel_values"]
+    assert torch.all(unit == 1)
+
+
+def test_an_image_that_is_a_bucket_is_left_alone() -> None:
+    image = grey(6, 10)
+    out = processor(8, 8, aspect_ratio_buckets=True)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(out, processor(do_resize=False)(image, return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("buckets", [True, [[6, 10], [8, 8]], False])
+def test_buckets_are_saved_with_the_processor(buckets, tmp_path: Path) -> None:
+    original = processor(8, 8, aspect_ratio_buckets=buckets)
+    original.save_pretrained(tmp_path)
+    loaded = MDMImageProcessorPil.from_pretrained(tmp_path)
+    assert loaded.aspect_ratio_buckets == original.aspect_ratio_buckets == buckets
+    image = colour(20, 33)
+    assert np.array_equal(loaded(image)["pixel_values"], original(image)["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aspect_ratio_buckets": [(8, 8), 4]}, r"Got the bucket 4; need \(height, width\) in pixels, or True for"),
+        ({"aspect_ratio_buckets": [(8, 7)]}, r"Image width 7 is not a multiple of patch_size 2; resize to 6 or 8"),
+        ({"aspect_ratio_buckets": True, "do_resize": False}, "need do_resize=True; drop one of the two"),
+        ({"downsampling": 4}, r"Got downsampling 4 and patch_size 2; need .*use MDMImageProcessorPil\.for_model"),
+        ({"downsampling": 0}, r"Got downsampling 0"),
+    ],
+)
+def test_buckets_and_downsampling_that_cannot_be_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**options)
+
+
+def test_the_image_processor_for_a_model_has_its_channels_and_patches() -> None:
+    made = MDMImageProcessorPil.for_model(MDMConfig.from_preset("mdm-digits"), size={"height": 8, "width": 8})
+    assert (made.num_channels, made.patch_size, made.downsampling) == (1, 2, 1)

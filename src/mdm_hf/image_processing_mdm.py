@@ -1,8 +1,10 @@
 """Pictures to pixel values in [-1, 1] and back, with Pillow and NumPy alone."""
 
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 MODES = {1: "L", 3: "RGB"}
 RANGE_SLACK = 1e-3  # what rounding may add to [-1, 1]
+WIDEST_BUCKET = 2  # long side to short side
 
 
 class MDMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -27,11 +30,19 @@ class MDMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
         1 for grey images, 3 for RGB.
     max_pixels (`int`, *optional*):
         Larger images are refused before they are decoded.
+    downsampling (`int`, *optional*):
+        Pixels to a latent of the pixel autoencoder, along a side; 1 where there is none.
+    aspect_ratio_buckets (`bool` or `list`, *optional*):
+        Where images are resized: each is cut around its centre and resized to the bucket nearest to its own aspect
+        ratio, instead of all being squeezed into `size`. A list of (height, width), or True for those that
+        `buckets_of_area` makes of `size`.
     """
 
     patch_size: int
     num_channels: int
     max_pixels: int
+    downsampling: int
+    aspect_ratio_buckets: bool | list | tuple
 
 
 class MDMImageProcessorPil(PilBackend):
@@ -40,12 +51,15 @@ class MDMImageProcessorPil(PilBackend):
     Pictures are turned upright, converted to grey or RGB, resized to `size` unless `do_resize` is off, rescaled and
     normalised, and padded with 0 at the bottom and the right to the largest of the call. `postprocess` goes back.
 
+    Behind a pixel autoencoder, latents made before take the place of pictures: `pad_latents`. `for_model` makes the
+    image processor that fits a model.
+
     Arrays and tensors hold whole numbers or floats from 0 to 255. A float image with all its values in [0, 1], or one
     of booleans, is taken to run from 0, black, to 1, white: its rescale factor is 1 instead of `rescale_factor`.
 
     Args:
         size: {"height": ..., "width": ...}, multiples of `patch_size`.
-        patch_size, num_channels, max_pixels: See [`MDMImageProcessorKwargs`].
+        patch_size, num_channels, max_pixels, downsampling, aspect_ratio_buckets: See [`MDMImageProcessorKwargs`].
         do_resize, do_rescale, do_normalize, resample, image_mean, image_std, rescale_factor: As in every image
             processor.
     """
@@ -64,6 +78,8 @@ class MDMImageProcessorPil(PilBackend):
     patch_size = 16
     num_channels = 3
     max_pixels = 4096 * 4096
+    downsampling = 1
+    aspect_ratio_buckets: Any = False
 
     def __init__(self, **kwargs: Unpack[MDMImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -71,8 +87,41 @@ class MDMImageProcessorPil(PilBackend):
             raise ValueError(f"Got num_channels {self.num_channels}; need 1 (grey) or 3 (RGB).")
         if self.patch_size < 1 or self.max_pixels < 1:
             raise ValueError(f"Got patch_size {self.patch_size} and max_pixels {self.max_pixels}; need 1 or more.")
+        if self.downsampling < 1 or self.patch_size % self.downsampling:
+            raise ValueError(
+                f"Got downsampling {self.downsampling} and patch_size {self.patch_size}; need a patch_size that is a "
+                "multiple of downsampling, patches of whole latents; use MDMImageProcessorPil.for_model(config)."
+            )
+        if self.aspect_ratio_buckets and not self.do_resize:
+            raise ValueError(
+                "Got aspect_ratio_buckets with do_resize=False; need do_resize=True; drop one of the two."
+            )
         if self.do_resize:
             self.grid_of(self.size.height, self.size.width)
+            buckets = self._buckets(self.aspect_ratio_buckets, self.size, self.patch_size)
+            self.aspect_ratio_buckets = self.aspect_ratio_buckets is True or buckets or False
+
+    @classmethod
+    def for_model(cls, config: Any, **options: Any) -> "MDMImageProcessorPil":
+        """The image processor that fits a model: channels and patches of its MDMConfig; `options` for the rest."""
+        fitting = {
+            "num_channels": config.image_channels,
+            "patch_size": config.pixel_patch_size,
+            "downsampling": config.pixel_downsampling,
+        }
+        return cls(**fitting | options)
+
+    def _buckets(self, buckets: bool | Sequence, size: SizeDict, patch_size: int) -> Sequence:
+        """The (height, width) that images may be resized to, apart from `size`; none without buckets."""
+        if isinstance(buckets, bool):
+            return buckets_of_area(size.height, size.width, patch_size) if buckets else ()
+        for bucket in buckets:
+            if not isinstance(bucket, list | tuple) or len(bucket) != 2:
+                raise ValueError(
+                    f"Got the bucket {bucket!r}; need (height, width) in pixels, or True for the usual ones."
+                )
+            self.grid_of(bucket[0], bucket[1], patch_size)
+        return [list(bucket) for bucket in buckets]
 
     def grid_of(self, height: int, width: int, patch_size: int | None = None) -> tuple[int, int]:
         """(rows, columns) in patches of an image of `height` x `width` pixels.
@@ -190,19 +239,24 @@ class MDMImageProcessorPil(PilBackend):
         image_std: float | tuple[float, ...],
         return_tensors: str | None,
         patch_size: int | None = None,
+        aspect_ratio_buckets: bool | Sequence = False,
         **kwargs: Any,
     ) -> BatchFeature:
         if not images:
             raise ValueError("Got no images; need at least one; leave the image processor out where there is none.")
         is_unit = [_is_unit(image) for image in images]
         if do_resize:
+            buckets = self._buckets(aspect_ratio_buckets, size, patch_size or self.patch_size)
+            sizes = [_nearest(buckets, *image.shape[1:]) if buckets else (size.height, size.width) for image in images]
+            if buckets:
+                images = [_centre_crop(image, h, w) for image, (h, w) in zip(images, sizes, strict=True)]
             images = [
                 image
-                if image.shape[1:] == (size.height, size.width)
-                else self.resize(np.rint(image * 255).astype(np.uint8), size=size, resample=resample) / np.float32(255)
+                if image.shape[1:] == (h, w)
+                else self.resize(np.rint(image * 255).astype(np.uint8), SizeDict(h, w), resample) / np.float32(255)
                 if unit
-                else self.resize(image, size=size, resample=resample)
-                for image, unit in zip(images, is_unit, strict=True)
+                else self.resize(image, SizeDict(h, w), resample)
+                for image, unit, (h, w) in zip(images, is_unit, sizes, strict=True)
             ]
         grids = np.array(
             [self.grid_of(image.shape[1], image.shape[2], patch_size) for image in images], dtype=np.int64
@@ -228,6 +282,29 @@ class MDMImageProcessorPil(PilBackend):
             )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
+    def pad_latents(self, latents: Sequence) -> dict[str, np.ndarray]:
+        """Latents (c, h, w) of pictures -> `image_latents` (n, c, h, w), padded with 0, and `image_grid_hw` (n, 2).
+
+        Raises:
+            ValueError: shapes that do not fit together, or sides that hold no whole number of patches.
+        """
+        p = self.patch_size // self.downsampling
+        arrays = [np.asarray(x.detach().float().cpu() if isinstance(x, torch.Tensor) else x) for x in latents]
+        for array in arrays:
+            is_image = array.ndim == 3 and array.dtype.kind == "f" and len(array) == len(arrays[0]) and array.size
+            if not is_image or array.shape[1] % p or array.shape[2] % p:
+                raise ValueError(
+                    f"Got latents of dtype {array.dtype} and shape {tuple(array.shape)}; need floats (channels, "
+                    f"height, width), as many channels in all of a batch, height and width multiples of {p}; take "
+                    "them from LatentCache."
+                )
+        grids = [(array.shape[1] // p, array.shape[2] // p) for array in arrays]
+        height, width = np.max([array.shape[1:] for array in arrays], axis=0)
+        padded = np.zeros((len(arrays), len(arrays[0]), height, width), dtype=np.float32)
+        for row, array in zip(padded, arrays, strict=True):
+            row[:, : array.shape[1], : array.shape[2]] = array
+        return {"image_latents": padded, "image_grid_hw": np.array(grids, dtype=np.int64)}
+
     def postprocess(self, images: list[torch.Tensor]) -> list[Image.Image]:
         """Tensors (c, h, w) in [-1, 1] -> PIL images; values outside are clipped."""
         pictures = []
@@ -239,6 +316,36 @@ class MDMImageProcessorPil(PilBackend):
             levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
             pictures.append(Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)))
         return pictures
+
+
+@lru_cache
+def buckets_of_area(height: int, width: int, patch_size: int) -> tuple[tuple[int, int], ...]:
+    """The (height, width) with no more patches than an image of `height` x `width` pixels, from 1:2 to 2:1.
+
+    Of each width the tallest and of each height the widest, so that all have nearly the same number of patches.
+    """
+    rows, columns = height // patch_size, width // patch_size
+    area, found = rows * columns, []
+    for r in range(1, area + 1):
+        c = area // r
+        if max(r, c) <= WIDEST_BUCKET * min(r, c) and area // (r + 1) < c:  # the tallest of its width
+            found.append((r * patch_size, c * patch_size))
+    return tuple(found) or ((height, width),)
+
+
+def _nearest(buckets: Sequence, height: int, width: int) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest, on a logarithmic scale."""
+    h, w = min(buckets, key=lambda bucket: abs(math.log(bucket[0] * width / (bucket[1] * height))))
+    return h, w
+
+
+def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest piece around the centre of (c, h, w) with the aspect ratio of `height` to `width`."""
+    _, whole_h, whole_w = image.shape
+    h = max(1, min(whole_h, round(whole_w * height / width)))
+    w = max(1, min(whole_w, round(whole_h * width / height)))
+    top, left = (whole_h - h) // 2, (whole_w - w) // 2
+    return image[:, top : top + h, left : left + w]
 
 
 def _is_unit(image: np.ndarray) -> bool:

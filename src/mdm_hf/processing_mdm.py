@@ -65,6 +65,7 @@ class _Prompt:
 
     messages: list[dict] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    latents: list[Any] = field(default_factory=list)  # of images that a pixel autoencoder has seen before
     class_id: int = NO_CLASS
     has_targets: bool = False
 
@@ -162,7 +163,7 @@ class MDMProcessor(ProcessorMixin):
 
         Returns:
             BatchFeature with input_ids, attention_mask, target_mask (b, l), class_ids (b,), and with images
-            image_grid_hw (m, 2), with known images pixel_values (n, c, h, w).
+            image_grid_hw (m, 2), with known images pixel_values or image_latents (n, c, h, w).
 
         Raises:
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
@@ -195,8 +196,9 @@ class MDMProcessor(ProcessorMixin):
         Args:
             conversation: Messages {"role": "system" | "user" | "assistant", "content": str or parts}, or a list of
                 such lists. Parts: {"type": "text", "text": str}, {"type": "image", "image": PIL image, array, path
-                or URL}, {"type": "class", "class": int}. If the last message is the assistant's, its parts are the
-                targets and the output has `labels`: token ids at target text, -100 elsewhere.
+                or URL}, {"type": "image", "latents": (c, h, w)} as a LatentCache has them, {"type": "class", "class":
+                int}. If the last message is the assistant's, its parts are the targets and the output has `labels`:
+                token ids at target text, -100 elsewhere.
             chat_template: Jinja source instead of the processor's own.
             generate: "image", "text" or both, where the last message is not the assistant's; ("text",) if None.
             tokenize: False returns the rendered string, or a list of them, with one placeholder an image.
@@ -306,6 +308,9 @@ class MDMProcessor(ProcessorMixin):
                     f"chat template sets them; {remedy}."
                 )
             return {"type": "text", "text": text}
+        if kind == "image" and part.get("latents") is not None:
+            prompt.latents.append(part["latents"])
+            return {"type": "image"}
         if kind == "image":
             key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
             if key is None:
@@ -375,15 +380,15 @@ class MDMProcessor(ProcessorMixin):
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         token_ids = self.tokenizer(rendered, **options)["input_ids"]
 
-        pictures = [image for prompt in prompts for image in prompt.images]
-        pixels = self.image_processor(pictures) if pictures else {}
-        known_grids = iter(np.asarray(pixels["image_grid_hw"]).tolist() if pictures else [])
+        known = self._known_images(prompts)
+        known_grids = iter(np.asarray(known.pop("image_grid_hw", [])).tolist())
         limits = canvas, self.tokenizer.model_max_length
         rows = []
         for prompt, ids in zip(prompts, token_ids, strict=True):
-            if ids.count(self.image_token_id) != len(prompt.images):
+            given = len(prompt.images) + len(prompt.latents)
+            if ids.count(self.image_token_id) != given:
                 raise ValueError(
-                    f"Got {ids.count(self.image_token_id)} {self.image_token} for {len(prompt.images)} image(s); need "
+                    f"Got {ids.count(self.image_token_id)} {self.image_token} for {given} image(s); need "
                     "one each; mend the chat template so that it renders every image part."
                 )
             rows.append(expand_placeholders(ids, self._ids, known_grids, target_grid, *limits, self.tokenizer.decode))
@@ -392,9 +397,20 @@ class MDMProcessor(ProcessorMixin):
         data["class_ids"] = np.array([prompt.class_id for prompt in prompts], dtype=np.int64)
         if generate:
             del data["labels"]
-        if pictures:
-            data["pixel_values"] = pixels["pixel_values"]
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data | known, tensor_type=return_tensors)
+
+    def _known_images(self, prompts: list[_Prompt]) -> dict[str, Any]:
+        """`pixel_values` or `image_latents` with `image_grid_hw`; nothing where there is no image."""
+        pictures = [image for prompt in prompts for image in prompt.images]
+        latents = [image for prompt in prompts for image in prompt.latents]
+        if pictures and latents:
+            raise ValueError(
+                f"Got {len(pictures)} image(s) as pictures and {len(latents)} as latents in one batch; need all of "
+                "one kind; split the batch, or encode the pictures too."
+            )
+        if latents:
+            return self.image_processor.pad_latents(latents)
+        return dict(self.image_processor(pictures)) if pictures else {}
 
     def _grid(self, image_size: Sequence[int] | None) -> list[int]:
         """[rows, columns] in patches of an image to generate."""
