@@ -105,6 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
+    cache = command(
+        "cache-latents",
+        _cache_latents,
+        "encode a folder of pictures once with a model's pixel autoencoder; a killed run goes on where it was",
+        "mdm cache-latents --model runs/base --images pictures --output runs/latents",
+    )
+    cache.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    cache.add_argument("--images", type=Path, required=True, help="folder with pictures, in subfolders too")
+    cache.add_argument("--output", type=Path, required=True, help="folder that gets the shards")
+    cache.add_argument("--batch-size", type=_count, default=16, help="pictures at once (default: %(default)s)")
+    cache.add_argument("--shard-size", type=_count, default=1024, help="pictures in a file (default: %(default)s)")
+    cache.add_argument("--half", action="store_true", help="keep the latents in float16, half the space")
+    cache.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+
     evaluate = command(
         "evaluate", _evaluate, "score a digits model on the held-out digits", "mdm evaluate --num-samples 500"
     )
@@ -193,6 +207,27 @@ def _train(options) -> None:
         **overrides,
     )
     print(f"Wrote {folder.resolve()}. Score it with: mdm evaluate --model {folder}")
+
+
+def _cache_latents(options) -> None:
+    import torch
+
+    from . import MDMForMultiModalGeneration, MDMProcessor
+    from .training.latent_cache import pictures_in, write_latent_cache
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    paths = pictures_in(options.images)
+    cache = write_latent_cache(
+        paths,
+        MDMForMultiModalGeneration.from_pretrained(options.model).to(device),
+        MDMProcessor.from_pretrained(options.model).image_processor,
+        options.output,
+        names=[path.relative_to(options.images).as_posix() for path in paths],
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
+        dtype=torch.float16 if options.half else torch.float32,
+    )
+    print(f"{options.output.resolve()} holds the latents of {len(cache)} pictures.")
 
 
 def _evaluate(options) -> None:
