@@ -20,7 +20,8 @@ from pathlib import Path
 
 from mdm_hf import MDMPipeline, MDMProcessor
 from mdm_hf.evaluation.digits import evaluate_digits
-from mdm_hf.training.recipe_digits import train_digits
+from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.stages import run_recipe
 
 
 LOSSES = ("score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon")
@@ -32,27 +33,29 @@ def run(loss: str, folder: Path, options) -> dict:
     processor = MDMProcessor.from_pretrained(options.processor)
     history: list[dict] = []
 
-    def score(model, path: Path) -> None:
+    def score(model, step: int) -> None:
         pipe = MDMPipeline(model, processor, device=model.device)
         pipe.set_progress_bar_config(disable=True)
-        step = int(path.stem.split("-")[1])
         count = options.num_samples if step == options.max_steps else min(options.num_samples, 100)
         history.append({"step": step} | evaluate_digits(pipe, num_samples=count, seed=options.seed)["scores"])
         print(json.dumps({"loss": loss} | history[-1]), flush=True)
 
-    train_digits(
-        folder / loss,
-        processor,
-        max_steps=options.max_steps,
-        sample_every=max(1, options.max_steps // options.points),
-        save_every=options.max_steps,
-        seed=options.seed,
-        disable_tqdm=True,
-        draw=score,
-        diffusion_loss=loss,
-        hidden_size=options.hidden_size,
-        num_hidden_layers=options.num_hidden_layers,
-    )
+    stage = {
+        "max_steps": options.max_steps,
+        "sample_every": max(1, options.max_steps // options.points),
+        "save_steps": options.max_steps,
+        "disable_tqdm": "true",
+        "report_to": "none",
+    }
+    config = {
+        "diffusion_loss": loss,
+        "hidden_size": options.hidden_size,
+        "num_hidden_layers": options.num_hidden_layers,
+    }
+    changes = [f"stages.diffusion.{key}={value}" for key, value in stage.items()]
+    changes += [f"model.config.{key}={value}" for key, value in config.items()]
+    changes += [f"output_dir={folder / loss}", f"processor={options.processor}", f"seed={options.seed}"]
+    run_recipe(load_recipe(options.recipe, changes), draw=score)
     return {"loss": loss, "history": history}
 
 
@@ -83,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a run of seconds that shows that everything works")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--recipe", default="recipes/digits.yaml")
     parser.add_argument("--processor", default="model_cards/mdm-digits")
     parser.add_argument("--max-steps", type=int, default=4000)
     parser.add_argument("--hidden-size", type=int, default=96)

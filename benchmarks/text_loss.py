@@ -100,9 +100,10 @@ def main() -> None:
         for unit in ("mib", "seconds"):
             row[f"{unit}_ratio"] = row[unit]["plain"] / row[unit]["chunked"]
         result["rows"].append(row)
+        mib, seconds = row["mib"], row["seconds"]
         print(
-            f"{length:5d} tokens: {row['mib']['plain']:.0f} -> {row['mib']['chunked']:.0f} MiB "
-            f"({row['mib_ratio']:.1f} times less), {row['seconds']['plain']:.2f} -> {row['seconds']['chunked']:.2f} s, "
+            f"{length:5d} tokens: {mib['plain']:.0f} -> {mib['chunked']:.0f} MiB ({row['mib_ratio']:.1f} times less), "
+            f"{seconds['plain']:.2f} -> {seconds['chunked']:.2f} s, "
             f"gradients {row['gradient_distance']:.0e} apart"
         )
     if options.plot:

@@ -19,8 +19,11 @@ from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.digits import DigitJudge, evaluate_digits
 from mdm_hf.training.digits import DIGIT_WORDS, DigitsSource, load_digits_split
 from mdm_hf.training.mix import ConversationMix
-from mdm_hf.training.recipe_digits import TASK_WEIGHTS
+from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.trainer import ConversationCollator, MDMTrainer, keep_freed_memory
+
+
+KNOWN_TASKS = load_recipe("recipes/digits.yaml")["data"]["digits"]["tasks"]
 
 
 class Lessons(Dataset):
@@ -28,7 +31,7 @@ class Lessons(Dataset):
 
     def __init__(self, count: int, batch_size: int):
         self.images, self.labels = load_digits_split("train")
-        self.known = ConversationMix({"digits": DigitsSource("train", TASK_WEIGHTS)}, count, batch_size, seed=1)
+        self.known = ConversationMix({"digits": DigitsSource("train", KNOWN_TASKS)}, count, batch_size, seed=1)
         self.batch_size = batch_size
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """The digits data: the split, the grammar of captions and questions, and the stream of training examples."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from mdm_hf.training.digits import (
     question_and_answer,
 )
 from mdm_hf.training.mix import ConversationMix
-from mdm_hf.training.recipe_digits import TASK_WEIGHTS
+from mdm_hf.training.recipe import load_recipe
 
 
 WEIGHTS = {"class_to_image": 1.0, "text_to_image": 2.0, "image_to_text": 1.0, "question_answering": 1.0}
@@ -222,7 +223,8 @@ def test_a_sample_depends_on_seed_and_index_alone() -> None:
 
 
 def test_the_stream_is_the_one_that_the_shipped_weights_were_trained_on() -> None:
-    source = DigitsSource("train", TASK_WEIGHTS)
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+    source = DigitsSource("train", recipe["data"]["digits"]["tasks"])
     data = ConversationMix({"digits": source}, 128_000, 64, 3, task_starts={"prompt_to_image_and_text": 64 * 950})
     seen = hashlib.sha256()
     for i in range(0, 128_000, 61):

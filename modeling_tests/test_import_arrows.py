@@ -79,8 +79,14 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "mix": {"records"},
     "digits": {"records"},
     "measures": set(),
+    "latent_cache": set(),
+    "tokenizer": set(),
+    "recipe": set(),
+    "memory": set(),
     "trainer": {"measures"},
-    "recipe_digits": {"digits", "mix", "trainer"},
+    "pictures": {"mix"},
+    "stages": {"records", "readers", "mix", "digits", "tokenizer", "recipe", "trainer", "pictures"},
+    "dry_run": {"memory", "recipe", "trainer", "pictures", "stages"},
 }
 NEEDS_NO_MODEL = {"records", "adapters", "readers", "mix", "digits"}  # a DataLoader's worker imports these
 

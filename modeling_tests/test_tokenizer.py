@@ -9,19 +9,16 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from conversion.build_tokenizer import (
-    CONTROL_TOKENS,
     DIGITS_CHARACTERS,
     DIGITS_MAX_NEW_TOKENS,
     DIGITS_VOCAB_SIZE,
     build_digits_tokenizer,
-    build_tokenizer,
     digits_corpus,
     main,
-    to_fast_tokenizer,
-    train_sentencepiece,
 )
 from mdm_hf.configuration_mdm import MDMConfig
 from mdm_hf.training.digits import DIGIT_WORDS, all_captions, all_questions_and_answers
+from mdm_hf.training.tokenizer import CONTROL_TOKENS, build_tokenizer, to_fast_tokenizer, train_sentencepiece
 
 
 SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "mdm-digits"
@@ -154,7 +151,7 @@ def test_a_vocabulary_that_does_not_suit_the_corpus_is_refused(
     assert main(["--corpus", str(corpus), "--vocab-size", str(vocab_size), "--output", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert f"Got vocab_size {vocab_size}" in message
-    assert "change --vocab-size or give more text" in message
+    assert "change vocab_size or give more text" in message
 
 
 def test_a_missing_corpus_is_reported_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

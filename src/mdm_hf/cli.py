@@ -8,7 +8,6 @@ from pathlib import Path
 
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
-DIFFUSION_LOSSES = ("score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon")
 MODEL_HELP = "folder or Hub repository (default: %(default)s)"
 
 
@@ -16,14 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        name = "model" if "model" in options else "processor"
-        model = getattr(options, name)
-        is_folder = model != "" and Path(model).is_dir()
-        if not is_folder and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
-            raise ValueError(
-                f"Got {model!r}, which is no folder here; give --{name} a folder or a Hub repository owner/name, or "
-                "run this in the repository's root, where the default lies."
-            )
+        if "model" in options:
+            _check_model(options.model)
         options.run(options)
     except (
         ValueError,
@@ -35,6 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mdm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_model(model: str) -> None:
+    is_folder = model != "" and Path(model).is_dir()
+    if not is_folder and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
+        raise ValueError(
+            f"Got {model!r}, which is no folder here; give --model a folder or a Hub repository owner/name, or run "
+            "this in the repository's root, where the default lies."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,19 +93,20 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=_picture, default="generated.png", help="picture grid (default: %(default)s)"
     )
 
-    train = command("train", _train, "train mdm-digits from scratch", "mdm train --output-dir runs/digits")
-    train.add_argument("--output-dir", type=Path, required=True, help="gets checkpoint-*, samples/ and final/")
-    train.add_argument("--processor", default=DEFAULT_MODEL, help="folder with the processor (default: %(default)s)")
-    train.add_argument("--init-from", type=Path, help="folder with weights to start from, for a further run")
-    train.add_argument("--max-steps", type=_count, default=34_000, help="optimiser steps (default: %(default)s)")
-    train.add_argument("--batch-size", type=_count, default=64, help="conversations a step (default: %(default)s)")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
-    train.add_argument("--diffusion-loss", choices=DIFFUSION_LOSSES, help="MDMConfig.diffusion_loss")
-    train.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
-    train.add_argument(
-        "--save-every", type=_count, default=2_000, help="steps between checkpoints (default: %(default)s)"
+    train = command(
+        "train",
+        _train,
+        "train a model by a recipe",
+        "mdm train recipes/folder.yaml data.pictures.path=my_pictures output_dir=runs/mine",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
+    train.add_argument("recipe", type=Path, help="YAML file; recipes/ has some to copy, docs/training.md says all")
+    train.add_argument(
+        "changes", nargs="*", metavar="key=value", help="what differs, such as stages.diffusion.max_steps=2000"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output_dir")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print parameters, tokens and time a step, and memory; train nothing"
+    )
 
     cache = command(
         "cache-latents",
@@ -190,23 +193,17 @@ def _generate(options) -> None:
 
 
 def _train(options) -> None:
-    from .processing_mdm import MDMProcessor
-    from .training.recipe_digits import train_digits
+    from .training.dry_run import dry_run
+    from .training.recipe import load_recipe
+    from .training.stages import run_recipe
 
-    overrides = {} if options.diffusion_loss is None else {"diffusion_loss": options.diffusion_loss}
-    folder = train_digits(
-        options.output_dir,
-        MDMProcessor.from_pretrained(options.processor),
-        max_steps=options.max_steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        save_every=options.save_every,
-        resume=options.resume,
-        init_from=options.init_from,
-        **overrides,
-    )
-    print(f"Wrote {folder.resolve()}. Score it with: mdm evaluate --model {folder}")
+    recipe = load_recipe(options.recipe, options.changes)
+    if options.dry_run:
+        for name, estimate in dry_run(recipe):
+            print(f"{name}\n{estimate}")
+        return
+    folder = run_recipe(recipe, resume=options.resume)
+    print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
 
 
 def _cache_latents(options) -> None:

@@ -12,7 +12,7 @@ def picture_grid(
     caption_lines: int = 3,
     headings: dict[int, str] | None = None,
 ) -> Image.Image:
-    """Draws images, enlarged without smoothing, each with its caption below.
+    """Draws images, enlarged or shrunk without smoothing to fit a cell, each with its caption below.
 
     Args:
         cells: (image, caption) in reading order; an image of None leaves its place empty.
@@ -38,8 +38,10 @@ def picture_grid(
         for column, (image, caption) in enumerate(cells[row * columns : (row + 1) * columns]):
             left = gap + column * (cell_size + gap)
             if image is not None:
-                scaled = image.convert("RGB").resize((cell_size, cell_size), Image.Resampling.NEAREST)
-                canvas.paste(scaled, (left, top))
+                share = cell_size / max(image.size)
+                sides = [max(1, round(side * share)) for side in image.size]
+                scaled = image.convert("RGB").resize(sides, Image.Resampling.NEAREST)
+                canvas.paste(scaled, (left + (cell_size - sides[0]) // 2, top + (cell_size - sides[1]) // 2))
             width_in_letters = max(1, int(cell_size / font.getlength("n")))
             lines = textwrap.wrap(caption, width_in_letters)[:caption_lines]
             pen.multiline_text((left, top + cell_size + 2), "\n".join(lines), fill="black", font=font, spacing=2)

@@ -6,6 +6,7 @@
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -226,6 +227,16 @@ class DigitsSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def length(self, index: int) -> int:
+        """Letters of a row: as good as alike here."""
+        return 0
+
+    def texts(self) -> Iterator[str]:
+        """Every caption, question and answer of the grammar."""
+        yield from all_captions()
+        for pair in all_questions_and_answers():
+            yield from pair
 
     def sample(self, index: int, task: str, rng: np.random.Generator) -> dict:
         """A conversation about a digit that `rng` chooses; `index` has no say: the shipped weights saw this stream."""

@@ -37,6 +37,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def length(self, index: int) -> int: ...
+
+    def texts(self) -> Iterator[str]: ...
+
     def sample(self, index: int, task: str, rng: np.random.Generator) -> dict: ...
 
 
@@ -143,6 +147,8 @@ class ConversationMix(_Mix, Dataset):
         seed: With the index, determines an example.
         weights: Name -> weight; alike if None. The weights within a source are its `tasks`.
         task_starts: Task -> the first example that can be of it; 0 where it is not named.
+        length_groups: Batches of a source whose rows are sorted by length before they are dealt out, so that a batch
+            pads little; 1 leaves the rows as they come.
 
     Raises:
         ValueError: sources, weights or starts that give nothing to draw; later, a bad row that its source refuses, or
@@ -157,6 +163,7 @@ class ConversationMix(_Mix, Dataset):
         seed: int = 0,
         weights: Mapping[str, float] | None = None,
         task_starts: Mapping[str, int] | None = None,
+        length_groups: int = 1,
     ):
         super().__init__(sources, batch_size, seed, weights, task_starts)
         if num_samples < 0:
@@ -166,7 +173,8 @@ class ConversationMix(_Mix, Dataset):
                 raise ValueError(f"Got the streaming source {name}; use StreamingMix, or read it without streaming.")
             if len(source) == 0:
                 raise ValueError(f"Got the source {name} without rows; need at least one; check its path and split.")
-        self.num_samples = num_samples
+        self.num_samples, self.length_groups = num_samples, length_groups
+        self._sorted: dict[tuple[str, int], np.ndarray] = {}  # the group last used of each source
         self._before: list[int] = []  # per batch: earlier ones of the same source
         self._seen = dict.fromkeys(self.sources, 0)
 
@@ -183,8 +191,9 @@ class ConversationMix(_Mix, Dataset):
         number, place = divmod(index, self.batch_size)
         name, task = self.choice(number)
         source = self.sources[name]
-        epoch, position = divmod(self._earlier(number) * self.batch_size + place, len(source))
-        order = _order(len(source), (self.seed, 2, list(self.sources).index(name), epoch))
+        place = self._dealt(name, self._earlier(number) * self.batch_size + place)
+        epoch, position = divmod(place, len(source))
+        order = self._order_of(name, epoch)
         rng = np.random.default_rng((self.seed, 1, index))
         tries = min(len(source), GIVE_UP_AFTER)
         for step in range(tries):
@@ -195,6 +204,24 @@ class ConversationMix(_Mix, Dataset):
                 self._bad(name, f"row {row}", bad, step + 1)
                 last = bad
         raise self._exhausted(name, tries, last) from last
+
+    def _order_of(self, name: str, epoch: int) -> np.ndarray:
+        return _order(len(self.sources[name]), (self.seed, 2, list(self.sources).index(name), epoch))
+
+    def _dealt(self, name: str, place: int) -> int:
+        """Which of a source's rows, in the order of its passes, is its example number `place`."""
+        if self.length_groups == 1:
+            return place
+        size, source = self.length_groups * self.batch_size, self.sources[name]
+        group, inside = divmod(place, size)
+        if (name, group) not in self._sorted:
+            self._sorted = {key: value for key, value in self._sorted.items() if key[0] != name}
+            passes = [divmod(group * size + i, len(source)) for i in range(size)]
+            lengths = [source.length(int(self._order_of(name, epoch)[at])) for epoch, at in passes]
+            by_length = np.argsort(lengths, kind="stable").reshape(self.length_groups, self.batch_size)
+            rng = np.random.default_rng((self.seed, 3, list(self.sources).index(name), group))
+            self._sorted[name, group] = rng.permutation(by_length).reshape(-1)
+        return group * size + int(self._sorted[name, group][inside])
 
     def _earlier(self, number: int) -> int:
         """How many batches before batch `number` are of its source."""

@@ -115,6 +115,21 @@ class RecordSource:
             raise BadRow(f"{bad}{named}", bad.kind) from bad
         return example
 
+    def length(self, index: int) -> int:
+        """Letters in row `index`, by which like rows are batched; 0 of a bad row."""
+        try:
+            return sum(map(len, self.adapter(self.row(index)).texts()))
+        except BadRow:  # counted where it is sampled
+            return 0
+
+    def texts(self) -> Iterator[str]:
+        """Every text of one pass, to build a tokenizer from; bad rows, counted where they are sampled, have none."""
+        for row in self.rows if self.is_streaming else map(self.row, range(len(self))):
+            try:
+                yield from self.adapter(row).texts()
+            except BadRow:
+                continue
+
     def stream(self, rank: int, world_size: int, workers: int, shuffle: tuple[int, int], epoch: int) -> Iterator[dict]:
         """The rows of one pass, those of this rank and, inside a DataLoader's worker, of this worker alone.
 

@@ -8,7 +8,7 @@
 - What cannot be used raises [`BadRow`]; whether that skips the row or stops the run is decided where rows are drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -55,6 +55,15 @@ class Record:
     class_id: int | None = None
     questions: list[tuple[str, list[str]]] = field(default_factory=list)
     messages: list[dict] = field(default_factory=list)
+
+    def texts(self) -> Iterator[str]:
+        """Every text of the row, each answer once."""
+        yield from self.captions
+        for question, answers in self.questions:
+            yield question
+            yield from dict.fromkeys(answers)
+        for message in self.messages:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def conversation_of(record: Record, task: str, rng: np.random.Generator, condition_dropout: float = 0.1) -> dict:

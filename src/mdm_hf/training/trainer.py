@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -126,25 +128,32 @@ def _trained_at_rest(model) -> list:
 
 
 class SampleGridCallback(TrainerCallback):
-    """Draws a grid of samples from the averaged weights every `every` steps: output_dir/samples/step-*.png."""
+    """Draws samples from the averaged weights every `every` steps: output_dir/samples/step-*.png.
 
-    def __init__(self, draw, ema: EMACallback, every: int):
+    `draw` is given the model and the step, and returns a picture, or None for nothing to keep.
+    """
+
+    def __init__(self, draw: Callable[[torch.nn.Module, int], Image.Image | None], ema: EMACallback, every: int):
         self.draw, self.ema, self.every = draw, ema, every
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        path = Path(args.output_dir) / "samples" / f"step-{state.global_step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not state.is_world_process_zero and not isinstance(model, FSDPModule):  # a sharded model needs them all
+            return
+        random_state = torch.get_rng_state()
         self.ema.swap_in(model)
         model.eval()
-        random_state = torch.get_rng_state()
         try:
-            self.draw(model, path)
+            picture = self.draw(model, state.global_step)
         finally:
             torch.set_rng_state(random_state)
             model.train()
             self.ema.swap_out(model)
+        if picture is not None and state.is_world_process_zero:
+            path = Path(args.output_dir) / "samples" / f"step-{state.global_step:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
 
 
 class MDMTrainer(Trainer):
@@ -253,6 +262,16 @@ class MDMTrainer(Trainer):
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor.to(self.args.device), "sum")
+
+    def whole_model(self):
+        """The model as one process holds it, on every process; of a model under FSDP2 a copy on the CPU."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(self.model, FSDPModule):
+            return model
+        weights = {name: unsharded(value).cpu() for name, value in model.state_dict().items()}
+        whole = type(model).__mro__[2](model.config)  # of FSDP's class, FSDPModule, and the class that it wraps
+        whole.load_state_dict(weights)
+        return whole
 
     def _where_to_resume(self) -> str:
         run = Path(self.args.output_dir)

@@ -1,0 +1,197 @@
+"""Claims about whole runs: a folder of pictures with captions becomes a model, stage by stage, and can be resumed."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf.cli import main
+from mdm_hf.training.dry_run import dry_run
+from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.stages import make_mix, make_processor, run_recipe
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER_RECIPE = ROOT / "recipes" / "folder.yaml"
+TINY = [
+    "model.config={hidden_size: 32, num_hidden_layers: 1, vae_config: {latent_size: 4, hidden_size: 32}}",
+    "processor={image_size: [8, 16], patch_size: 4, num_channels: 3}",
+    "stages.vae={max_steps: 2, per_device_train_batch_size: 4, disable_tqdm: true, report_to: none}",
+    "stages.diffusion={max_steps: 3, per_device_train_batch_size: 4, disable_tqdm: true, save_steps: 2}",
+    "generation={num_inference_steps: 2}",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Ten pictures with captions: two of them broken, one without a caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text"])
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 255, (12, 20, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            writer.writerow([f"{i}.png", "" if i == 3 else f"a picture of {'noise' if i % 2 else 'colours'}"])
+    (folder / "4.png").write_bytes((folder / "4.png").read_bytes()[:60])
+    (folder / "5.png").write_bytes(b"no picture")
+    return folder
+
+
+def recipe(pictures, output_dir, *changes) -> dict:
+    return load_recipe(FOLDER_RECIPE, [*TINY, f"data.pictures.path={pictures}", f"output_dir={output_dir}", *changes])
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    return run_recipe(recipe(pictures, tmp_path_factory.mktemp("runs") / "run")).parent
+
+
+def test_a_folder_of_pictures_with_captions_becomes_a_model_that_draws_and_writes(run):
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["preset"] == "mdm-digits"
+    for stage, steps in (("vae", 2), ("diffusion", 3)):
+        assert (run / stage / f"checkpoint-{steps}" / "ema.safetensors").is_file()
+        assert [path.name for path in (run / stage / "samples").iterdir()] == [f"step-{steps:07d}.png"]
+    pipe = MDMPipeline.from_pretrained(run / "final", device="cpu")
+    assert pipe.model.generation_config.num_inference_steps == 2
+    [result] = pipe(text="a picture of noise", generate=("image", "text"), seed=0)
+    assert result["images"][0].size == (16, 8)
+    assert result["images"][0].mode == "RGB"
+    assert pipe.processor.max_new_tokens < 30
+
+
+def test_the_vae_stage_trains_the_vae_alone_and_the_diffusion_stage_starts_from_it(run):
+    first = MDMForMultiModalGeneration.from_pretrained(run / "vae" / "final")
+    assert first.config.diffusion_weight == 1.0
+    weights = load_file(run / "vae" / "checkpoint-2" / "model.safetensors")
+    torch.manual_seed(0)
+    assert float(weights["latent_head.weight"].abs().max()) == 0  # as at the start
+    log = yaml.safe_load((run / "diffusion" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert log["global_step"] == 3
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, run):
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match=r"which holds final of an earlier run; need a new folder, or --resume"):
+        run_recipe(recipe(pictures, run))
+    assert sorted(run.rglob("*")) == before
+
+
+def test_resuming_leaves_finished_stages_alone_and_goes_on_where_more_steps_are_asked_for(pictures, run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    stamp = (again / "vae" / "final" / "model.safetensors").stat().st_mtime_ns
+    before = load_file(again / "final" / "model.safetensors")
+    run_recipe(recipe(pictures, again), resume=True)
+    assert all(torch.equal(before[k], v) for k, v in load_file(again / "final" / "model.safetensors").items())
+    run_recipe(recipe(pictures, again, "stages.diffusion.max_steps=5"), resume=True)
+    assert (again / "vae" / "final" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (again / "diffusion" / "checkpoint-5").is_dir()
+    after = load_file(again / "final" / "model.safetensors")
+    assert any(not torch.equal(before[k], v) for k, v in after.items())
+
+
+def test_bad_rows_are_counted_by_kind_and_refused_where_the_recipe_says_so(pictures, run):
+    processor = make_processor(recipe(pictures, run))
+    mix = make_mix(recipe(pictures, run), "diffusion", 64, 4, processor)
+    assert len([mix[i] for i in range(64)]) == 64
+    assert set(mix.report()["pictures"]) == {"corrupt image", "missing field"}
+    strict = make_mix(recipe(pictures, run, "data.pictures.on_bad=refuse"), "diffusion", 64, 4, processor)
+    with pytest.raises(ValueError, match="Bad row: .*on_bad='skip'"):
+        [strict[i] for i in range(64)]
+
+
+def test_a_text_that_the_processor_refuses_is_a_bad_row(pictures, run, tmp_path):
+    long = tmp_path / "long"
+    shutil.copytree(pictures, long)
+    lines = (long / "metadata.csv").read_text().replace("a picture of noise", "word " * 200)
+    (long / "metadata.csv").write_text(lines)
+    processor = make_processor(recipe(pictures, run))
+    mix = make_mix(recipe(long, run), "diffusion", 64, 4, processor)
+    [mix[i] for i in range(64)]
+    assert mix.report()["pictures"]["refused"] > 0
+
+
+def test_a_stream_of_the_same_folder_trains_too(pictures, tmp_path):
+    changes = ["data.pictures.streaming=true", "stages.diffusion.max_steps=1", "stages.vae.max_steps=1"]
+    final = run_recipe(recipe(pictures, tmp_path / "run", *changes))
+    assert (final / "model.safetensors").is_file()
+
+
+def test_a_recipe_with_a_pixel_autoencoder_trains_behind_it_and_leaves_it_as_it_was(pictures, tmp_path):
+    torch.manual_seed(0)
+    channels = {"block_out_channels": (8, 8), "norm_num_groups": 2, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    autoencoder = AutoencoderKL(**channels, **blocks)
+    autoencoder.save_pretrained(tmp_path / "ae")
+    changes = [
+        f"model.pixel_autoencoder={{repo_id: {tmp_path / 'ae'}}}",
+        "processor={image_size: [8, 16], patch_size: 4, downsampling: 2, num_channels: 3}",
+    ]
+    final = run_recipe(recipe(pictures, tmp_path / "run", *changes))
+    saved = load_file(final / "model.safetensors")
+    kept = {k.partition("autoencoder.autoencoder.")[2]: v for k, v in saved.items() if "autoencoder.autoencoder" in k}
+    assert kept.keys() == autoencoder.state_dict().keys()
+    assert all(torch.equal(value, kept[name]) for name, value in autoencoder.state_dict().items())
+    [result] = MDMPipeline.from_pretrained(final, device="cpu")(generate="image", seed=0)
+    assert result["images"][0].size == (16, 8)
+    wrong = [changes[0], "processor={image_size: [8, 16], patch_size: 2, downsampling: 2, num_channels: 3}"]
+    with pytest.raises(ValueError, match="Got processor.patch_size 2 for an autoencoder with 2 pixels a latent"):
+        run_recipe(recipe(pictures, tmp_path / "wrong", *wrong))
+
+
+def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(pictures, tmp_path, capsys):
+    arguments = [*TINY, f"data.pictures.path={pictures}", f"output_dir={tmp_path / 'run'}"]
+    assert main(["train", str(FOLDER_RECIPE), *arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("vae, rows like an image of 2x4 patches") < out.index("diffusion, rows like")
+    for line in ("parameters ", "tokens per step ", "memory ", "activations ", "time per step "):
+        assert out.count(line) >= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_takes_the_longest_rows_of_the_data_once_there_is_a_processor(pictures, run):
+    described, estimate = list(dry_run(recipe(pictures, run)))[-1]
+    assert described.startswith("diffusion, rows like the longest of ")
+    assert estimate.tokens_per_step % 4 == 0
+    assert estimate.trainable == estimate.parameters
+    assert estimate.peak > estimate.weights + estimate.optimizer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.pictures.path=/no/such/folder", "which cannot be read"),
+        ("data.pictures.adapter=", "Got data.pictures without 'adapter'; need it"),
+        ("data.pictures.adaptor=captions", "Got data.pictures with the key 'adaptor'; need among"),
+        ("model.preset=mdm-huge", "Got model.preset 'mdm-huge'; need one of mdm-digits"),
+        ("data.more={path: digits, tasks: {class_to_image: 1}}", "need all of one kind; set `streaming` alike"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_any_step(pictures, tmp_path, change, message, run):
+    streaming = ["data.pictures.streaming=true"] if "more" in change else []
+    with pytest.raises(ValueError, match="Got ") as error:
+        run_recipe(recipe(pictures, tmp_path / "run", *streaming, change))
+    assert message in str(error.value)
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
+def test_the_shipped_recipes_can_be_dry_run_without_their_data(tmp_path, monkeypatch):
+    logging.set_verbosity_error()
+    for name in ("digits", "folder"):
+        monkeypatch.chdir(ROOT)
+        found = load_recipe(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={tmp_path / name}"])
+        for stage in found["stages"].values():
+            stage["per_device_train_batch_size"] = stage.get("per_device_train_batch_size", 0) and 2
+        found["stages"] = {k: {n: v for n, v in s.items() if v != 0} for k, s in found["stages"].items()}
+        assert [estimate.parameters for _, estimate in dry_run(found)]

@@ -1,0 +1,165 @@
+"""A training recipe: one YAML file that says everything about a run, with `key=value` changes from the command line.
+
+output_dir: runs/digits          # gets a folder for each stage, and final/
+seed: 0
+model:                           # preset or from, and what differs
+  preset: mdm-digits
+  config: {scan_sharing: shared}
+processor: model_cards/mdm-digits    # or how to build one, in the tokenizer stage
+data:                            # name -> a source, see `read_source`
+  pictures: {path: my_folder, adapter: captions}
+stages:                          # those of STAGES that the run has, in that order
+  diffusion: {max_steps: 2000, learning_rate: 1e-3}
+generation: {guidance_scale: 1.5}    # defaults of the published model
+"""
+
+import copy
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+
+STAGES = ("tokenizer", "vae", "diffusion", "instruct")
+TOP = ("output_dir", "seed", "model", "processor", "data", "stages", "generation")
+MODEL = ("preset", "from", "config", "pixel_autoencoder")
+PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
+    "max_new_tokens",
+    "num_classes",
+)
+TOKENIZER = ("vocab_size", "max_texts")
+OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
+FREEZE = ("vae",)
+# What a stage takes from TrainingArguments unless the recipe says otherwise: AdamW without weight decay (Sec. 5.1).
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 50,
+    "save_steps": 1000,
+    "save_total_limit": 2,
+    "ema_decay": 0.9999,
+    "sample_every": 1000,
+}
+OURS = {"output_dir", "seed", "remove_unused_columns", "train_sampling_strategy"}  # set by the run itself
+
+
+def load_recipe(path: str | Path, changes: list[str] | tuple[str, ...] = ()) -> dict:
+    """Reads a recipe and applies `changes`, "stages.diffusion.max_steps=100" and the like, their values as YAML.
+
+    Raises:
+        ValueError: no such file, no YAML, a key that no recipe has, or one that is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Got recipe {str(path)!r}, which is no file; need a YAML file; recipes/ has some to copy.")
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Got recipe {path}, which is no YAML: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"Got recipe {path} with {type(recipe).__name__} at its top; need keys: {', '.join(TOP)}.")
+    for change in changes:
+        _apply(recipe, change)
+    check_recipe(recipe)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: 1e-4 is a number, as people write it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply(recipe: dict, change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise ValueError(f"Got the change {change!r}; need key=value, such as stages.diffusion.max_steps=100.")
+    *parents, last = key.split(".")
+    place = recipe
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"Got the change {change!r}, but {name} is {place!r} and has no keys of its own.")
+    try:
+        place[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Got the change {change!r}, whose value is no YAML: {error}.") from error
+
+
+def check_recipe(recipe: dict) -> None:
+    """Raises ValueError for unknown, missing or contradicting keys."""
+    _known("the recipe", recipe, TOP)
+    for name in ("output_dir", "model", "processor", "data", "stages"):
+        if not recipe.get(name):
+            raise ValueError(f"Got a recipe without {name!r}; need it; {MISSING[name]}.")
+    for name in ("model", "data", "stages"):
+        if not isinstance(recipe[name], dict):
+            raise ValueError(f"Got {name}: {recipe[name]!r}; need keys under it; {MISSING[name]}.")
+    model, stages = recipe["model"], recipe["stages"]
+    _known("model", model, MODEL)
+    if ("preset" in model) == ("from" in model):
+        raise ValueError(
+            "Got a model with both or neither of 'preset' and 'from'; need one: a size to start afresh, or a folder."
+        )
+    _known("stages", stages, STAGES)
+    builds = isinstance(recipe["processor"], dict)
+    if builds:
+        _known("processor", recipe["processor"], PROCESSOR)
+    if builds != ("tokenizer" in stages):
+        raise ValueError(
+            "Got a 'processor' to build without a tokenizer stage, or that stage with a finished processor; need "
+            "both or neither; name a folder as 'processor', or give stages.tokenizer.vocab_size."
+        )
+    for name, source in recipe["data"].items():
+        if not isinstance(source, dict) or "path" not in source:
+            raise ValueError(f"Got data.{name}: {source!r}; need at least a 'path'; see docs/data.md.")
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)} - OURS
+    for name, stage in stages.items():
+        if not isinstance(stage, dict):
+            raise ValueError(f"Got stages.{name}: {stage!r}; need keys under it, max_steps first of all.")
+        _known(f"stages.{name}", stage, TOKENIZER if name == "tokenizer" else (*OF_STAGE, *sorted(fields)))
+        needed = "vocab_size" if name == "tokenizer" else "max_steps"
+        if not isinstance(stage.get(needed), int) or stage[needed] < 1:
+            raise ValueError(f"Got stages.{name}.{needed} {stage.get(needed)!r}; need a whole number of at least 1.")
+        if stage.get("freeze") not in (None, *FREEZE):
+            raise ValueError(f"Got stages.{name}.freeze {stage['freeze']!r}; need 'vae', or leave it out.")
+        if unknown := sorted(set(stage.get("data", ())) - set(recipe["data"])):
+            raise ValueError(
+                f"Got stages.{name}.data with {', '.join(unknown)}; the recipe has {', '.join(recipe['data'])}."
+            )
+    if set(stages) == {"tokenizer"}:
+        raise ValueError("Got a recipe with a tokenizer stage alone; need one that trains the model too.")
+
+
+MISSING = {
+    "output_dir": "say where the run is to write, on the command line with output_dir=runs/mine",
+    "model": "name a preset or a folder to start from",
+    "processor": "name a folder, or say how to build one",
+    "data": "name at least one source, such as pictures: {path: my_folder, adapter: captions}",
+    "stages": f"name at least one of {', '.join(STAGES)}",
+}
+
+
+def _known(where: str, given: dict, names) -> None:
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names[:20])}."
+        raise ValueError(f"Got the key {unknown[0]!r} in {where}, which it does not have; check the spelling: {hint}")
+
+
+def stage_options(recipe: dict, name: str) -> dict[str, Any]:
+    """The options of a stage, defaults included, with the sources that it draws from under "data"."""
+    options = copy.deepcopy(DEFAULTS) | recipe["stages"][name]
+    names = options.get("data", recipe["data"])
+    options["data"] = {source: recipe["data"][source] for source in names}
+    return options
