@@ -75,12 +75,12 @@ def _measure_memory(send, work, arguments) -> None:
         return
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak starts anew, from what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    send.send((_resident("VmHWM") - before) / 1024)
+    send.send((resident("VmHWM") - before) / 1024)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """KiB of this process in memory: "VmRSS" now, "VmHWM" at its peak."""
     with open("/proc/self/status", encoding="ascii") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field))

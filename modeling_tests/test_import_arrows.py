@@ -85,7 +85,7 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "memory": set(),
     "trainer": {"measures"},
     "pictures": {"mix"},
-    "stages": {"records", "readers", "mix", "digits", "tokenizer", "recipe", "trainer", "pictures"},
+    "stages": {"records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe", "trainer", "pictures"},
     "dry_run": {"memory", "recipe", "trainer", "pictures", "stages"},
 }
 NEEDS_NO_MODEL = {"records", "adapters", "readers", "mix", "digits"}  # a DataLoader's worker imports these

@@ -145,6 +145,24 @@ def test_a_recipe_with_a_pixel_autoencoder_trains_behind_it_and_leaves_it_as_it_
     assert all(torch.equal(value, kept[name]) for name, value in autoencoder.state_dict().items())
     [result] = MDMPipeline.from_pretrained(final, device="cpu")(generate="image", seed=0)
     assert result["images"][0].size == (16, 8)
+
+    whole = tmp_path / "whole"  # the two broken pictures cannot be encoded
+    shutil.copytree(pictures, whole)
+    (whole / "4.png").unlink()
+    (whole / "5.png").unlink()
+    (whole / "metadata.csv").write_text(
+        "".join(line for line in (whole / "metadata.csv").open() if not line.startswith(("4", "5")))
+    )
+    assert main(["cache-latents", "--model", str(final), "--images", str(whole), "--output", str(tmp_path / "y")]) == 0
+    cached = [*changes, f"data.pictures.latents={tmp_path / 'y'}", f"model={{from: {final}}}"]
+    processor = make_processor(recipe(whole, tmp_path / "run", *cached))
+    mix = make_mix(recipe(whole, tmp_path / "run", *cached), "diffusion", 64, 4, processor)
+    parts = [part for i in range(64) for message in mix[i]["messages"] for part in message["content"]]
+    images = [part for part in parts if part["type"] == "image"]
+    assert images
+    assert all(part["latents"].shape == (4, 4, 8) for part in images)
+    run_recipe(recipe(whole, tmp_path / "cached", *cached, f"processor={final}", "stages={diffusion: {max_steps: 1}}"))
+
     wrong = [changes[0], "processor={image_size: [8, 16], patch_size: 2, downsampling: 2, num_channels: 3}"]
     with pytest.raises(ValueError, match="Got processor.patch_size 2 for an autoencoder with 2 pixels a latent"):
         run_recipe(recipe(pictures, tmp_path / "wrong", *wrong))

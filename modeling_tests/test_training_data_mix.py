@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pydoc_data.topics
 from collections import Counter
 from pathlib import Path
 
@@ -298,3 +299,33 @@ def test_a_mix_that_cannot_be_is_refused(options, message) -> None:
 def test_a_table_in_a_streaming_mix_is_refused() -> None:
     with pytest.raises(ValueError, match="Got the source words, a table; use ConversationMix"):
         StreamingMix({"words": words(2)}, 2)
+
+
+def padding(mix: ConversationMix) -> float:
+    """The share of letters that a batch is padded with."""
+    texts = [mix[i]["messages"][0]["content"][0]["text"] for i in range(len(mix))]
+    batches = [texts[i : i + mix.batch_size] for i in range(0, len(texts), mix.batch_size)]
+    wide = sum(max(map(len, batch)) * len(batch) for batch in batches)
+    return 1 - sum(map(len, texts)) / wide
+
+
+def test_length_groups_pad_less_and_lose_no_row():
+    """Paragraphs of Python's documentation, batches of 8."""
+    topics = pydoc_data.topics.topics.values()
+    rows = [{"text": part} for topic in topics for part in topic.split("\n\n") if part.strip()][:2048]
+    source = RecordSource(rows, "text")
+    plain, grouped = (ConversationMix({"docs": source}, 2048, 8, seed=1, length_groups=n) for n in (1, 16))
+    assert padding(plain) > 0.6
+    assert padding(grouped) < 0.3
+    seen = [[mix[i]["messages"][0]["content"][0]["text"] for i in range(2048)] for mix in (plain, grouped)]
+    assert sorted(seen[0]) == sorted(seen[1])
+    again = ConversationMix({"docs": source}, 2048, 8, seed=1, length_groups=16)
+    assert [again[i] for i in (700, 3, 2047)] == [grouped[i] for i in (700, 3, 2047)], "in any order of asking"
+    lengths = [len(text) for text in seen[1]]
+    firsts = [lengths[i] for i in range(0, 2048, 8)]
+    assert firsts != sorted(firsts), "short batches do not come first"
+
+
+def test_no_length_groups_are_refused():
+    with pytest.raises(ValueError, match="Got length_groups 0; need 1"):
+        ConversationMix({"docs": RecordSource([{"text": "a"}], "text")}, 8, 8, length_groups=0)

@@ -42,7 +42,7 @@ def dry_run(recipe: dict) -> Iterator[tuple[str, TrainingEstimate]]:
 
         def prepare(model, name=name, options=options, arguments=arguments):
             if arguments.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
+                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             return freeze(model, name, options)
 
         estimate = estimate_training(

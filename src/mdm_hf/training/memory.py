@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +40,7 @@ class TrainingEstimate:
         seconds_per_step: On this machine; without the optimiser's work.
         processes: Over which FSDP2 shards weights, gradients, optimiser and average; 1 without it.
         largest_block: Bytes of the largest group of weights that FSDP2 gathers at once.
+        own: Bytes that Python and its libraries hold; 0 on a GPU, of whose memory they take none.
     """
 
     parameters: int
@@ -52,13 +54,14 @@ class TrainingEstimate:
     seconds_per_step: float
     processes: int = 1
     largest_block: int = 0
+    own: int = 0
 
     @property
     def peak(self) -> int:
         """Bytes of one process at its fullest: when the backward pass starts, or when it ends."""
         kept = (self.weights + self.optimizer + self.average) // self.processes
         gathered = 2 * self.largest_block if self.processes > 1 else 0
-        return kept + gathered + max(self.activations, self.gradients // self.processes)
+        return self.own + kept + gathered + max(self.activations, self.gradients // self.processes)
 
     def __str__(self) -> str:
         shared = f", of which each of {self.processes} processes holds its share" if self.processes > 1 else ""
@@ -66,7 +69,8 @@ class TrainingEstimate:
             [
                 f"parameters        {self.parameters:,}, {self.trainable:,} of them trained",
                 f"tokens per step   {self.tokens_per_step:,}",
-                f"memory            {self.peak / GIB:.2f} GiB at the peak of a process, beside Python's own",
+                f"memory            {self.peak / GIB:.2f} GiB at the peak of a process, {self.own / GIB:.2f} of it "
+                "Python's own",
                 f"  weights         {self.weights / GIB:.2f} GiB, gradients {self.gradients / GIB:.2f}, optimizer "
                 f"{self.optimizer / GIB:.2f}, average {self.average / GIB:.2f}{shared}",
                 f"  activations     {self.activations / GIB:.2f} GiB",
@@ -225,6 +229,7 @@ def estimate_training(
         is_sharded: FSDP2 shards the model over the processes.
     """
     device = torch.device(device)
+    own = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     with torch.device("meta"):
         full = prepare(MDMForMultiModalGeneration(config).to(dtype))
     sizes = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in full.parameters()]
@@ -250,9 +255,10 @@ def estimate_training(
         weights=sum(size for _, size, _ in sizes),
         gradients=sum(size for _, size in trained),
         optimizer=ADAM_STATES * sum(size for _, size in trained),
-        average=sum(size for _, size, _ in sizes) if has_average else 0,
+        average=sum(size for _, size in trained) if has_average else 0,
         activations=int(_linear({key: peak for key, (peak, _) in measured.items()}, blocks, rows)),
         seconds_per_step=accumulation * _seconds({key: s for key, (_, s) in measured.items()}, blocks, rows),
         processes=processes if is_sharded else 1,
         largest_block=largest,
+        own=own,
     )

@@ -168,6 +168,8 @@ class ConversationMix(_Mix, Dataset):
         super().__init__(sources, batch_size, seed, weights, task_starts)
         if num_samples < 0:
             raise ValueError(f"Got num_samples {num_samples}; need at least 0.")
+        if length_groups < 1:
+            raise ValueError(f"Got length_groups {length_groups}; need 1, for no sorting, or more.")
         for name, source in self.sources.items():
             if source.is_streaming:
                 raise ValueError(f"Got the streaming source {name}; use StreamingMix, or read it without streaming.")

@@ -49,6 +49,7 @@ class RecordSource:
         image_folder: Where relative image paths start.
         image_file: The image's path for rows without one, filled in from the row: "{image_id:012d}.jpg".
         condition_dropout: See [`conversation_of`].
+        latents: A `LatentCache` whose latents take the place of the images, by their paths.
         check: Called with the messages of each example; a ValueError makes the row bad. For the price of encoding
             twice, `processor.apply_chat_template` finds what training would stop at: texts too long, control tokens.
     """
@@ -62,6 +63,7 @@ class RecordSource:
         image_folder: str | Path | None = None,
         image_file: str | None = None,
         condition_dropout: float = 0.1,
+        latents: Any = None,
         check: Callable[[list[dict]], Any] | None = None,
     ):
         if isinstance(adapter, str) and adapter not in ADAPTERS:
@@ -77,6 +79,7 @@ class RecordSource:
         self.is_streaming = isinstance(rows, datasets.IterableDataset)
         self.on_bad, self.condition_dropout, self.check = on_bad, condition_dropout, check
         self.image_folder, self.image_file = image_folder, image_file
+        self.latents = latents
         self._features = None
         if isinstance(rows, datasets.Dataset):
             self._features = _undecoded(rows.features)
@@ -107,7 +110,7 @@ class RecordSource:
         try:
             record = self.adapter(self._with_image_file(row))
             example = conversation_of(record, task, rng, self.condition_dropout)
-            example = with_images(example, lambda image: open_image(image, self.image_folder))
+            example = with_images(example, self._opened)
             if self.check is not None:
                 self._checked(example["messages"])
         except BadRow as bad:
@@ -161,6 +164,19 @@ class RecordSource:
                 "missing field",
             ) from error
 
+    def _opened(self, image: Any) -> Any:
+        if self.latents is None:
+            return open_image(image, self.image_folder)
+        path = image.get("path") if isinstance(image, dict) else image
+        index = self.latents.index_of(path) if isinstance(path, str) else None
+        if index is None:
+            raise BadRow(
+                f"Got the image {path!r}, of which {self.latents.folder} has no latents; need them for every image; "
+                "run mdm cache-latents on the folder that the images are in.",
+                "missing image",
+            )
+        return self.latents[index]
+
     def _checked(self, messages: list[dict]) -> None:
         try:
             self.check(messages)
@@ -181,6 +197,7 @@ def read_source(
     image_folder: str | Path | None = None,
     image_file: str | None = None,
     condition_dropout: float = 0.1,
+    latents: Any = None,
     check: Callable[[list[dict]], Any] | None = None,
     **load_options: Any,
 ) -> RecordSource:
@@ -194,7 +211,7 @@ def read_source(
         name, revision, data_files, load_options: As for `datasets.load_dataset`: `field`, `data_dir`, `cache_dir`,
             `token`, `num_proc`, ...
         streaming: Read row by row, for [`StreamingMix`]; else as a table on disk, for [`ConversationMix`].
-        adapter, tasks, on_bad, image_folder, image_file, condition_dropout, check: See [`RecordSource`].
+        adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check: See [`RecordSource`].
 
     Raises:
         ValueError: there is no such data set, split or adapter, with what was got, what is needed, what to do.
@@ -222,7 +239,7 @@ def read_source(
             "folder or a file of data; check the spelling, and for a Hub repository that is a script try "
             "revision='refs/convert/parquet'."
         ) from error
-    return RecordSource(rows, adapter, tasks, on_bad, image_folder, image_file, condition_dropout, check)
+    return RecordSource(rows, adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check)
 
 
 def open_image(image: Any, image_folder: str | Path | None = None) -> Image.Image:

@@ -132,10 +132,13 @@ def _class_part(class_id: int) -> dict:
 
 
 def with_images(conversation: dict, opened: Callable[[Any], Any]) -> dict:
-    """`conversation` with `opened(image)` in place of every image."""
+    """`conversation` with `opened(image)` in place of every image: the image, or a whole part, with latents."""
 
     def part(one: dict) -> dict:
-        return image_part(opened(one["image"])) if one["type"] == "image" else one
+        if one["type"] != "image":
+            return one
+        image = opened(one.get("image"))
+        return image if isinstance(image, dict) else image_part(image)
 
     messages = [{**message, "content": [part(p) for p in message["content"]]} for message in conversation["messages"]]
     return {"messages": messages}

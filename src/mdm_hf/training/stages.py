@@ -29,6 +29,7 @@ from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
 from .digits import DigitsSource
+from .latent_cache import LatentCache
 from .mix import ConversationMix, StreamingMix
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
 from .readers import read_source
@@ -182,7 +183,11 @@ def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -
         if is_digits:
             sources[name] = DigitsSource(**({"split": "train"} | options))
         else:
-            sources[name] = read_source(**options, check=None if processor is None else text_check(processor))
+            if processor is not None:
+                options["check"] = text_check(processor)
+                if options.get("latents"):
+                    options["latents"] = LatentCache(options["latents"], image_processor=processor.image_processor)
+            sources[name] = read_source(**options)
     return sources
 
 
