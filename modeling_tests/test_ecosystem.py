@@ -1,5 +1,7 @@
 """Claims about what transformers, accelerate, torchao and torch do to the model: its outputs stay what they were."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -222,6 +224,19 @@ def test_a_state_dict_with_old_weight_names_loads_too(tmp_path):
     fresh = MDMForMultiModalGeneration(tiny_config()).eval()
     fresh.load_state_dict(with_old_names(tmp_path))
     assert_same(fresh, tiny_model())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "a.b.c."])
+def test_old_weight_names_load_however_deep_the_model_lies(tmp_path, prefix):
+    model = fresh = MDMForMultiModalGeneration(tiny_config()).eval()
+    for name in reversed(prefix.rstrip(".").split(".")):
+        fresh = torch.nn.ModuleDict({name: fresh})
+    old = {prefix + name: weight for name, weight in with_old_names(tmp_path).items()}
+    fresh.load_state_dict(old)
+    assert_same(model, tiny_model())
+    assert_same(copy.deepcopy(model), tiny_model())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({name: weight for name, weight in old.items() if not name.endswith("mixer.D")})
 
 
 def test_old_weight_names_load_onto_the_disk(tmp_path):

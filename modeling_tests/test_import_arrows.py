@@ -53,18 +53,22 @@ ARROWS: dict[str, set[str]] = {
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
     "input_checks": CONFIGURATION | {"sequence_layout"},
-    "solvers": CONFIGURATION,
-    "generation_mdm": CONFIGURATION | OPS | LAYOUT | {"solvers"},  # called on self, so it never names the model
-    "modeling_mdm_vae": CONFIGURATION | OPS,
-    "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT,
+    "checkpoints": set(),
+    "solvers": CONFIGURATION | {"checkpoints"},
+    "generation_mdm": CONFIGURATION
+    | OPS
+    | LAYOUT
+    | {"checkpoints", "solvers"},  # called on self, so it never names the model
+    "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
+    "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
     "modeling_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "pixel_autoencoder"},
+    | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "pixel_autoencoder"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "processing_mdm": CONFIGURATION | {"image_processing_mdm", "token_rows"},
-    "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"generation_mdm"},
+    "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"checkpoints", "generation_mdm", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT

@@ -43,6 +43,9 @@ PIPELINE_REGISTRY.register_pipeline(TASK, MDMPipeline, pt_model=AutoModel, type=
 
 # Their code travels with whatever is saved or pushed, so that it loads where this package is not installed.
 MDMConfig.register_for_auto_class()
+MDMVAEConfig.register_for_auto_class()
 MDMForMultiModalGeneration.register_for_auto_class("AutoModel")
+MDMModel.register_for_auto_class("AutoModel")
+MDMVAEModel.register_for_auto_class("AutoModel")
 MDMImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 MDMProcessor.register_for_auto_class("AutoProcessor")

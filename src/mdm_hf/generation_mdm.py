@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
+from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
 from .input_checks import as_generators, check_finite, check_inputs, check_targets, replaced_latents
 from .sequence_layout import SequenceLayout, image_of_each_row, plan_scans
@@ -174,20 +175,23 @@ class MDMGenerationMixin:
         """Called by `from_pretrained`: takes the repository's generation config and solver, if it has them.
 
         Raises:
-            ValueError: the repository's solver is none that the installed diffusers knows.
+            ValueError: a file of the two is not whole, or missing though the model was saved with it, or names a
+                solver that the installed diffusers does not know.
         """
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         repository = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
+        saved_with = getattr(self.config, "saved_with", ())
         if generation_config is not None:
             self.generation_config = MDMGenerationConfig(**_sampling_options(generation_config))
         elif path is not None:
-            try:
-                self.generation_config = MDMGenerationConfig.from_pretrained(path, **repository)
-            except OSError:
-                logger.info("The repository has no generation_config.json; using the defaults.")
-                self.generation_config = MDMGenerationConfig()
+            saved = read_json(path, GENERATION_CONFIG, is_needed=GENERATION_CONFIG in saved_with, **repository)
+            if saved is None:
+                logger.warning(
+                    f"Got {path} without {GENERATION_CONFIG}; sampling as MDMGenerationConfig's defaults say."
+                )
+            self.generation_config = MDMGenerationConfig(**(saved or {}))
         if path is not None:
-            self.scheduler = load_solver(path, **repository | {"subfolder": "scheduler"})
+            self.scheduler = load_solver(path, is_needed=SOLVER in saved_with, **repository)
 
     @torch.no_grad()
     def generate(

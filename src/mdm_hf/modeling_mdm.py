@@ -10,21 +10,19 @@ Symbols
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoints import GENERATION_CONFIG, SOLVER, MDMCheckpointMixin
 from .configuration_mdm import MDMConfig
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
@@ -42,22 +40,7 @@ from .score_entropy import (
 from .sequence_layout import ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
 
 
-try:  # what LoRA adapts where a LoraConfig names no `target_modules`; here, so that it also travels with saved code
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
-except ImportError:
-    LORA_TARGETS = {}
-LORA_TARGETS["mdm"] = ["in_proj", "out_proj"]
-
 LOSS_PARTS = ("loss_rec_image", "loss_rec_text", "loss_kl", "loss_se_image", "loss_se_text")  # of Eq. 18
-
-AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
-
-# Weights that had another name when first saved: old pattern -> new name. `from_pretrained` and `load_state_dict` read
-# both; `save_pretrained` writes the old one, transformers' original format, which earlier versions read as well.
-RENAMED_WEIGHTS = {r"mixer\.(A_log|D|dt_bias)": r"mixer.ssm.\1"}
-register_checkpoint_conversion_mapping(
-    "mdm", [WeightRenaming(old, new) for old, new in RENAMED_WEIGHTS.items()], overwrite=True
-)
 
 
 def sinusoid(position: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
@@ -160,7 +143,7 @@ class MDMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class MDMPreTrainedModel(PreTrainedModel):
+class MDMPreTrainedModel(MDMCheckpointMixin, PreTrainedModel):
     """Weights, loading and saving of all MDM models."""
 
     config: MDMConfig
@@ -174,13 +157,7 @@ class MDMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:  # names neither the repository nor the file
-            raise ValueError(
-                f"Got {pretrained_model_name_or_path} with a .safetensors file that cannot be read ({error}); need "
-                "whole ones; push or download them again, with force_download=True if the cache holds the broken one."
-            ) from error
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.base_model.pixel_autoencoder is not None:
             model.base_model.pixel_autoencoder.freeze()
@@ -206,12 +183,6 @@ class MDMPreTrainedModel(PreTrainedModel):
             )
         self.base_model.pixel_autoencoder.load(source, **hub_options)
         return self
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in torch, old weight names included: the Trainer resumes through here, and ignores names it misses."""
-        for old, new in RENAMED_WEIGHTS.items():
-            state_dict = {re.sub(old, new, name): weight for name, weight in state_dict.items()}
-        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs
@@ -499,6 +470,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
 
     output_modalities = ("image", "text")
     accepts_loss_kwargs = False
+    auto_classes = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
     generation_config_class = MDMGenerationConfig
 
     def __init__(self, config: MDMConfig):
@@ -513,21 +485,10 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
         if module is self.latent_head:  # the first prediction is the best linear one
             init.zeros_(module.weight)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As [`~transformers.PreTrainedModel.save_pretrained`], the solver included if it is not the default one.
-
-        The code that goes with it (see `register_for_auto_class`) is found by every Auto class that fits.
-        """
-        config = self.config
-        if self._auto_class is not None:
-            config.auto_map = (getattr(config, "auto_map", None) or {}) | dict.fromkeys(
-                AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
-            )
-        if hasattr(config, "custom_pipelines"):
-            del config.custom_pipelines  # their code is not written here
-        super().save_pretrained(save_directory, **kwargs)
+    def _save_parts(self, folder: Path) -> None:
+        self.config.saved_with = [GENERATION_CONFIG] + ([] if self.scheduler is None else [SOLVER])
         if self.scheduler is not None:
-            self.scheduler.save_pretrained(Path(save_directory) / "scheduler")
+            self.scheduler.save_pretrained((folder / SOLVER).parent)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.vae.token_embedding

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .checkpoints import rename_weights
 from .configuration_mdm import MDMConfig
 from .fused_scan import merge_gate_norm, scan_conv
 from .scan_switch import scan
@@ -130,6 +131,7 @@ class MDMMixer(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(directions, conv_channels))
         self.ssm = MDMSelectiveScan(directions, config.num_heads, config.chunk_size)
         self.projections = nn.ModuleList(MDMProjections(config) for _ in range(num_projections))
+        self.register_load_state_dict_pre_hook(rename_weights)  # those of `ssm` were once the mixer's own
 
     def project_in(self, hidden_states: Tensor, is_image: Tensor, directions: int) -> list[Tensor]:
         """One projection for all directions, or one per direction: (b, l, z + x + B + C + dt) each."""

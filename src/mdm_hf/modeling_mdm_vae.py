@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .checkpoints import MDMCheckpointMixin
 from .configuration_mdm import MDMVAEConfig
 
 
@@ -88,7 +89,7 @@ def _mlp(in_size: int, hidden_size: int, out_size: int, num_hidden_layers: int) 
     return nn.Sequential(*layers, nn.Linear(sizes[-1], out_size))
 
 
-class MDMVAEModel(PreTrainedModel):
+class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
     """The unified VAE. `forward` auto-encodes images, tokens, or both."""
 
     config: MDMVAEConfig

@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor
 from transformers.utils import logging
 
+from .checkpoints import SOLVER, read_json
 from .configuration_mdm import MDMConfig
 
 
@@ -104,17 +105,20 @@ def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_b
     return solver, times
 
 
-def load_solver(path, **repository):
-    """The solver of a folder or repository, of whatever class was saved; None if there is none."""
-    try:
-        config = diffusers.DPMSolverMultistepScheduler.load_config(path, **repository)
-    except OSError:
-        logger.info(f"{path} has no scheduler/scheduler_config.json; using the model's default solver.")
+def load_solver(path, subfolder: str = "", is_needed: bool = False, **repository):
+    """The solver of a folder or repository, of whatever class was saved; None if there is none.
+
+    Raises:
+        ValueError: its file is not whole, or `is_needed` and missing, or of a class that diffusers does not have.
+    """
+    config = read_json(path, SOLVER, subfolder, is_needed, **repository)
+    if config is None:
+        logger.info(f"{path} has no {SOLVER}; using the model's default solver.")
         return None
     kind = config.get("_class_name")
     if not hasattr(diffusers, kind or ""):
         raise ValueError(
             f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
-            "update diffusers, or mend scheduler/scheduler_config.json."
+            f"update diffusers, or mend {SOLVER}."
         )
     return getattr(diffusers, kind).from_config(config)
