@@ -36,7 +36,7 @@ OPS = {
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm"}
-PROCESSING = {"image_processing_mdm", "processing_mdm"}
+PROCESSING = {"image_processing_mdm", "conversations", "processing_mdm", "processing_options"}
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
 ARROWS: dict[str, set[str]] = {
@@ -67,7 +67,9 @@ ARROWS: dict[str, set[str]] = {
     | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "pixel_autoencoder"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
-    "processing_mdm": CONFIGURATION | {"image_processing_mdm", "token_rows"},
+    "conversations": set(),
+    "processing_options": {"image_processing_mdm"},
+    "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
     "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"checkpoints", "generation_mdm", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)

@@ -465,7 +465,7 @@ def test_a_malformed_message_is_refused(processor: MDMProcessor, message: dict, 
         ({"image_size": (8,)}, r"Got image_size \(8,\); need \(height, width\), whole numbers of pixels"),
         ({"image_size": 8}, r"Got image_size 8; need \(height, width\), whole numbers of pixels"),
         ({"image_size": (8.0, 8.0)}, r"Got image_size \(8\.0, 8\.0\); need"),
-        ({"videos": ["x.mp4"]}, "Got videos or audio; need text, images or class_ids"),
+        ({"videos": ["x.mp4"]}, r"Got videos=\['x.mp4'\]; need text, images or class_ids"),
         ({"text": 3}, "Got a text of type int; need a string"),
     ],
 )
@@ -477,7 +477,7 @@ def test_options_that_cannot_be_are_refused(processor: MDMProcessor, options: di
 def test_continuing_a_message_and_unknown_processor_kwargs_are_refused(processor: MDMProcessor) -> None:
     with refuses("Got continue_final_message=True"):
         processor.apply_chat_template([assistant(text_part("a"))], continue_final_message=True)
-    with refuses("Got processor_kwargs 'num_frames'; need generate, image_size, max_new_tokens"):
+    with refuses("Got the argument 'num_frames', which neither .*; need some of generate, image_size, max_new_tokens"):
         processor.apply_chat_template([user(text_part("a"))], processor_kwargs={"num_frames": 1})
 
 
@@ -566,9 +566,110 @@ def test_the_any_to_any_pipeline_of_transformers_reads_the_result(processor: MDM
 def test_an_argument_nobody_knows_is_refused(processor: MDMProcessor) -> None:
     with refuses("Got the argument 'max_new_token', which neither the processor nor its chat template knows"):
         processor.apply_chat_template([user(text_part("a three"))], max_new_token=3)
-    template = "{{ '<|class|><|user|><|text_start|>' ~ greeting ~ '<|text_end|>' }}"
+    template = "{{ '<|class|><|user|><|text_start|>' ~ greeting ~ '<|text_end|><|time_text|>' }}"
+    template += "<|text_start|><|text_target|><|text_end|>"
     inputs = processor.apply_chat_template([user()], chat_template=template, greeting="a three", tools=None)
-    assert tokens(processor, inputs) == [C, U, *known_text("▁a", "▁three")]
+    assert tokens(processor, inputs) == [C, U, *known_text("▁a", "▁three"), TIME_TEXT, *NEW_TEXT]
+
+
+def test_options_work_by_name_in_their_group_and_in_the_common_one(processor: MDMProcessor) -> None:
+    dark = {"do_rescale": True, "rescale_factor": 1e-3}
+    by_name = processor(text="a three", images=picture(), padding="max_length", max_length=60, **dark)
+    groups = {"text_kwargs": {"padding": "max_length", "max_length": 60}, "images_kwargs": dark}
+    assert_same(by_name, processor(text="a three", images=picture(), common_kwargs={"return_tensors": "pt"}, **groups))
+    assert by_name["input_ids"].shape == (1, 60)
+    assert by_name["pixel_values"].max() < -0.4
+    chat = [user(image_part(picture()), text_part("a three"))]
+    for options in ({"processor_kwargs": groups}, groups):
+        assert_same(by_name, processor.apply_chat_template(chat, generate=("image", "text"), **options))
+    assert isinstance(processor(common_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    assert isinstance(processor(text_kwargs={"return_tensors": None})["input_ids"], np.ndarray)
+    small = processor(images=picture(), size={"height": 4, "width": 4}, generate="text")
+    assert small["image_grid_hw"].tolist() == [[2, 2]]
+    assert_same(processor(text="a", padding_side="right", truncation=False, device=None), processor(text="a"))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"truncation": True}, "Got truncation=True; need whole texts, .*; shorten the text"),
+        ({"text_kwargs": {"truncation": True}}, "Got truncation=True; need whole texts"),
+        ({"padding": False}, "Got padding=False; need True, 'longest' or 'max_length'.*leave it out"),
+        ({"padding": "nonsense"}, "Got padding='nonsense'; need True"),
+        ({"padding": "max_length"}, "Got padding='max_length' without max_length; need how long"),
+        ({"max_length": 20}, "Got a row of 37 tokens; need at most max_length = 20, as rows are never cut; shorten"),
+        ({"max_length": -1}, "Got max_length -1; need a whole number of at least 1"),
+        ({"padding_side": "left"}, "Got padding_side='left'; need padding on the right"),
+        ({"device": "cpu"}, r"Got device='cpu'; need tensors that are moved .*\.to\(device\)"),
+        (
+            {"images_kwargs": {"do_center_crop": True}},
+            "Got the argument 'do_center_crop', which neither",
+        ),
+        ({"videos_kwargs": {"fps": 1}}, "Got the argument 'videos_kwargs'"),
+        ({"return_tensors": "tf"}, "Got return_tensors='tf'; need 'pt', 'np' or None"),
+        ({"do_resize": "maybe"}, "(?s)Got an option of the wrong type .*do_resize.*; see MDMProcessor.__call__"),
+        ({"do_rescale": True, "images_kwargs": {"do_rescale": False}}, "do_rescale was passed two times"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_options_that_a_row_has_no_room_for_are_refused(processor: MDMProcessor, options, complaint: str) -> None:
+    with refuses(complaint):
+        processor(text="a three", **options)
+    with refuses(complaint):
+        processor.apply_chat_template(
+            [user(text_part("a three"))], generate=("image", "text"), processor_kwargs=options
+        )
+
+
+def test_a_mask_of_assistant_tokens_is_refused_and_ids_come_alone_where_no_dict_is_wanted(processor) -> None:
+    messages = [user(text_part("a three"))]
+    with refuses("Got return_assistant_tokens_mask=True; need `target_mask` and `labels`"):
+        processor.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    alone = processor.apply_chat_template(messages, return_dict=False, processor_kwargs={"padding": "longest"})
+    assert torch.equal(alone, processor.apply_chat_template(messages)["input_ids"])
+
+
+def test_templates_go_by_name_and_the_default_one_is_the_default(processor: MDMProcessor, tmp_path: Path) -> None:
+    named = MDMProcessor.from_pretrained(SHIPPED)
+    named.chat_template = {"default": processor.chat_template, "loud": processor.chat_template + "{# loud #}"}
+    named.save_pretrained(tmp_path)
+    named = MDMProcessor.from_pretrained(tmp_path)
+    messages = [user(text_part("a three"))]
+    expected = processor.apply_chat_template(messages)
+    for name in (None, "default", "loud", processor.chat_template):
+        assert_same(named.apply_chat_template(messages, chat_template=name), expected)
+    assert_same(named(text="a three"), processor(text="a three"))
+    del named.chat_template["default"]
+    with refuses("Got no chat_template, and none of the processor's is the default one; need one of loud; name it"):
+        named.apply_chat_template(messages)
+
+
+def test_a_rendering_without_the_target_that_is_to_be_made_is_refused(processor: MDMProcessor) -> None:
+    complaint = r"Got a chat template that renders 'default', without a target for text; need one for all .*; mend"
+    with refuses(complaint):
+        processor.apply_chat_template([user(text_part("a three"))], chat_template="default")
+    only_text = processor.chat_template.replace("'image' in generate", "false")
+    with refuses("without a target for image; need one"):
+        processor.apply_chat_template([user()], generate=("image", "text"), chat_template=only_text)
+    with refuses("without a target for the last assistant message; need one"):
+        processor.apply_chat_template([assistant(text_part("a"))], chat_template="<|class|>")
+
+
+def test_a_conversation_of_strings_is_refused_as_a_batch_of_strings(processor: MDMProcessor) -> None:
+    for messages in ("a three", [["a three", "a four"]]):
+        with refuses(r"as a conversation; need messages, .*; batches of strings, .* one string a prompt\."):
+            processor.apply_chat_template([messages] if isinstance(messages, str) else messages)
+
+
+def test_a_folder_without_its_chat_template_or_with_half_of_it_is_refused(processor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text()[:300])
+    with refuses(f"Got {tmp_path} with a chat_template.jinja that cannot be read .*; need it whole; push"):
+        MDMProcessor.from_pretrained(tmp_path)
+    file.unlink()
+    with refuses(f"Got {tmp_path} without chat_template.jinja; need the layout that its model was trained with"):
+        MDMProcessor.from_pretrained(tmp_path)
 
 
 # Saving
@@ -586,7 +687,13 @@ def test_a_saved_processor_comes_back_equal(processor: MDMProcessor, load, tmp_p
     )
     original.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    code = {"image_processing_mdm.py", "processing_mdm.py", "token_rows.py"}
+    code = {
+        "conversations.py",
+        "image_processing_mdm.py",
+        "processing_mdm.py",
+        "processing_options.py",
+        "token_rows.py",
+    }
     assert files - code == {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert files & code == code  # travels along, for those without this package
     loaded = load(tmp_path)

@@ -10,23 +10,19 @@ with <|time_image|> or <|time_text|> before the first target segment of each mod
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.processing_utils import ProcessorMixin, Unpack
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
+from .conversations import MODALITIES, ConversationReader, Prompt, as_columns, as_modalities
+from .processing_options import MDMProcessorKwargs, options_of, positive
 from .token_rows import CONTROL_TOKENS, expand_placeholders, pad_rows, target_texts
 
-
-MODALITIES = ("image", "text")
-ROLES = ("system", "user", "assistant")
-MEDIA_KEYS = ("image", "url", "path", "base64")
-NO_CLASS = -1
 
 CHAT_TEMPLATE = """\
 {#- Segments of a conversation, images as one placeholder each. The parts of a last assistant message are targets;
@@ -59,17 +55,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-@dataclass
-class _Prompt:
-    """A checked conversation: what the template sees, and what it does not need to see."""
-
-    messages: list[dict] = field(default_factory=list)
-    images: list[Any] = field(default_factory=list)
-    latents: list[Any] = field(default_factory=list)  # of images that a pixel autoencoder has seen before
-    class_id: int = NO_CLASS
-    has_targets: bool = False
-
-
 class MDMProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template of MDM in one.
 
@@ -90,6 +75,8 @@ class MDMProcessor(ProcessorMixin):
     ```
     """
 
+    valid_processor_kwargs = MDMProcessorKwargs
+
     def __init__(
         self,
         image_processor=None,
@@ -106,7 +93,7 @@ class MDMProcessor(ProcessorMixin):
                 f"Got a tokenizer without {', '.join(missing)}; need one with MDM's control tokens; build it with "
                 "conversion/build_tokenizer.py."
             )
-        self.max_new_tokens = _positive("max_new_tokens", max_new_tokens)
+        self.max_new_tokens = positive("max_new_tokens", max_new_tokens)
         self.num_classes = num_classes
         self.image_size = None if image_size is None else list(image_size)
         self._grid(self.image_size)
@@ -119,13 +106,29 @@ class MDMProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except ValueError as error:  # names neither the repository nor the file
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} with a processor that cannot be made ({error}); need "
                 "processor_config.json, tokenizer_config.json and tokenizer.json, whole; push or download them again, "
                 "with force_download=True if the cache holds a broken one."
             ) from error
+        given = processor.chat_template
+        if given is CHAT_TEMPLATE:  # the very object: no file had one
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} without chat_template.jinja; need the layout that its model was "
+                "trained with; push or download it again, or write one with MDMProcessor(...).save_pretrained."
+            )
+        for template in given.values() if isinstance(given, dict) else [given]:
+            try:
+                _get_template_variables(template)
+            except Exception as error:  # jinja's own, which is no dependency of ours
+                raise ValueError(
+                    f"Got {pretrained_model_name_or_path} with a chat_template.jinja that cannot be read ({error}); "
+                    "need it whole; push or download it again, with force_download=True if the cache holds a broken "
+                    "one."
+                ) from error
+        return processor
 
     @property
     def patch_size(self) -> int:
@@ -140,13 +143,10 @@ class MDMProcessor(ProcessorMixin):
         text: str | list[str | None] | None = None,
         images: Any = None,
         class_ids: int | list[int | None] | None = None,
-        generate: str | Sequence[str] = MODALITIES,
+        generate: str | Sequence[str] | None = None,
         image_size: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
-        return_tensors: str | None = "pt",
-        videos: None = None,
-        audio: None = None,
-        padding: bool = True,
+        **kwargs: Unpack[MDMProcessorKwargs],
     ) -> BatchFeature:
         """Conditions -> inputs of the model, with `target_mask` = 1 on what it is to generate.
 
@@ -154,12 +154,15 @@ class MDMProcessor(ProcessorMixin):
             text, images, class_ids: Conditions; each one value, or a list (a batch; lists of one length, None where
                 a prompt has no such condition). All absent: one unconditional prompt. `<|image|>` in a text says
                 where its image stands, which is before the text otherwise.
-            generate: "image", "text", or both.
+            generate: "image", "text", or both, which is the default.
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length in tokens of the text canvas.
-            return_tensors: "pt", "np", or None for arrays.
-            videos, audio: Not supported.
-            padding: Rows are always padded to the longest.
+            kwargs: By their names, or in the groups `text_kwargs`, `images_kwargs`, `common_kwargs`:
+                return_tensors: "pt", which is the default, "np", or None for arrays.
+                padding: True or "longest", to the longest row, which is the default; "max_length".
+                max_length: Rows that are longer are refused; with padding="max_length" all are as long.
+                do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, max_pixels,
+                    aspect_ratio_buckets: Of the known images, as in [`MDMImageProcessorPil`].
 
         Returns:
             BatchFeature with input_ids, attention_mask, target_mask (b, l), class_ids (b,), and with images
@@ -168,12 +171,12 @@ class MDMProcessor(ProcessorMixin):
         Raises:
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
-        if videos is not None or audio is not None:
-            raise ValueError("Got videos or audio; need text, images or class_ids; MDM knows no other modality.")
-        columns = _columns(text=text, images=images, class_ids=class_ids)
-        conversations = [self._as_messages(*row) for row in zip(*columns, strict=True)]
-        prompts = [self._read(messages) for messages in conversations]
-        return self._encode(prompts, as_modalities(generate), image_size, max_new_tokens, return_tensors)
+        options = options_of(self, dict(kwargs))
+        columns = as_columns(text=text, images=images, class_ids=class_ids)
+        conversations = [self._reader.as_messages(*row) for row in zip(*columns, strict=True)]
+        prompts = [self._reader.read(messages) for messages in conversations]
+        modalities = as_modalities(MODALITIES if generate is None else generate)
+        return self._encode(prompts, modalities, image_size, max_new_tokens, *options)
 
     def apply_chat_template(
         self,
@@ -186,10 +189,8 @@ class MDMProcessor(ProcessorMixin):
         max_new_tokens: int | None = None,
         return_tensors: str | None = "pt",
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         processor_kwargs: dict | None = None,
-        padding: bool = True,
-        **template_kwargs: Any,
+        **kwargs: Any,
     ):
         """Conversations -> inputs of the model; the same for training and for generation.
 
@@ -199,37 +200,33 @@ class MDMProcessor(ProcessorMixin):
                 or URL}, {"type": "image", "latents": (c, h, w)} as a LatentCache has them, {"type": "class", "class":
                 int}. If the last message is the assistant's, its parts are the targets and the output has `labels`:
                 token ids at target text, -100 elsewhere.
-            chat_template: Jinja source instead of the processor's own.
+            chat_template: The name of one of the processor's templates, where it has several, or Jinja source instead
+                of its own.
             generate: "image", "text" or both, where the last message is not the assistant's; ("text",) if None.
             tokenize: False returns the rendered string, or a list of them, with one placeholder an image.
             return_dict: False returns `input_ids` alone.
             image_size, max_new_tokens, return_tensors: As when the processor is called; a target text fills
                 its canvas of `max_new_tokens` with </s>.
             add_generation_prompt: Has no effect: `generate` says what to make.
-            continue_final_message: Not supported.
-            processor_kwargs: `generate`, `image_size`, `max_new_tokens` once more, as transformers' pipelines hand
-                them on.
-            padding: Rows are always padded to the longest.
-            template_kwargs: Variables for the template; those it does not name are refused.
+            processor_kwargs: Options of a call of the processor, as transformers' pipelines hand them on.
+            kwargs: Variables of the template, and options of a call of the processor; others are refused.
 
         Raises:
             ValueError: messages that do not fit together, with what was got, what is needed, what to do.
         """
+        template = self._template(chat_template)
+        known = _get_template_variables(template)
+        variables = {name: kwargs.pop(name) for name in [*kwargs] if name in known}
+        given = kwargs | (processor_kwargs or {})
         options: dict[str, Any] = {"generate": generate, "image_size": image_size, "max_new_tokens": max_new_tokens}
-        for name, value in (processor_kwargs or {}).items():
-            if name not in options:
-                raise ValueError(f"Got processor_kwargs {name!r}; need {', '.join(options)}; leave the others out.")
-            options[name] = value if options[name] is None else options[name]
-        if continue_final_message:
-            raise ValueError(
-                "Got continue_final_message=True; a last assistant message holds finished targets; leave it out and "
-                "name what to make with `generate`."
-            )
+        for name, value in options.items():
+            options[name] = given.pop(name, value) if value is None else value
+        row_options = options_of(self, {"return_tensors": return_tensors} | given)
         if not conversation:
             raise ValueError("Got no messages; need at least one; call the processor itself for no conditions.")
         messages = conversation.messages if hasattr(conversation, "messages") else conversation
         is_batch = not isinstance(messages[0], dict)
-        prompts = [self._read(one) for one in (messages if is_batch else [messages])]
+        prompts = [self._reader.read(one) for one in (messages if is_batch else [messages])]
         training = sum(prompt.has_targets for prompt in prompts)
         if training and options["generate"] is not None:
             raise ValueError(
@@ -244,117 +241,29 @@ class MDMProcessor(ProcessorMixin):
         wanted = ("text",) if options["generate"] is None else options["generate"]
         modalities = () if training else as_modalities(wanted)
         if not tokenize:
-            rendered = self._render(prompts, modalities, chat_template, template_kwargs)
+            rendered = self._render(prompts, modalities, template, variables)
             return rendered if is_batch else rendered[0]
         sizes = options["image_size"], options["max_new_tokens"]
-        inputs = self._encode(prompts, modalities, *sizes, return_tensors, chat_template, template_kwargs)
+        inputs = self._encode(prompts, modalities, *sizes, *row_options, template, variables)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _as_messages(self, text: str | None, image: Any, class_id: int | None) -> list[dict]:
-        """The conditions of one prompt as a conversation; no condition, no message."""
-        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"Got a text of type {type(text).__name__}; need a string, or None for no text.")
-        image_parts = [{"type": "image", "image": one} for one in images]
-        marks = 0 if text is None else text.count(self.image_token)
-        if marks not in (0, len(images)):
-            raise ValueError(
-                f"Got {marks} {self.image_token} in a text with {len(images)} image(s); need as many of one as of the "
-                f"other; give the pixels in `images`, or take {self.image_token} out of the text."
-            )
-        parts: list[dict] = [] if class_id is None else [{"type": "class", "class": class_id}]
-        if marks:
-            for piece, image_part in zip(text.split(self.image_token), [*image_parts, None], strict=True):
-                parts += [{"type": "text", "text": piece}] if piece.strip() else []
-                parts += [] if image_part is None else [image_part]
-        else:
-            parts += image_parts + ([] if text is None else [{"type": "text", "text": text}])
-        return [{"role": "user", "content": parts}] if parts else []
+    @property
+    def _reader(self) -> ConversationReader:
+        return ConversationReader(self._special_text, self.image_token, self.num_classes)
 
-    def _read(self, messages: Any) -> _Prompt:
-        """Checks a conversation and takes images and class out of it."""
-        messages = messages.messages if hasattr(messages, "messages") else messages
-        prompt = _Prompt()
-        for message in messages:
-            fields = message if isinstance(message, dict) else {}
-            role, content = fields.get("role"), fields.get("content")
-            if role not in ROLES:
-                raise ValueError(
-                    f"Got the message {str(message)[:60]}; need a dict with 'content' and a 'role' among "
-                    f"{', '.join(ROLES)}."
-                )
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            parts = [self._read_part(part, role, prompt) for part in content or []]
-            prompt.messages.append({"role": role, "content": [part for part in parts if part is not None]})
-        prompt.has_targets = bool(messages) and messages[-1]["role"] == "assistant"
-        if prompt.has_targets and not prompt.messages[-1]["content"]:
+    def _template(self, name: str | None = None) -> str:
+        """A template's Jinja source, by its name if the processor has several; what is no name is a source."""
+        own = self.chat_template
+        if not isinstance(own, dict):
+            return own if name is None else name
+        if name is None and "default" not in own:
             raise ValueError(
-                "Got a last assistant message without a text or image part, and so no target; need at least one; add "
-                "what the model is to learn, or drop the message and name what to make with `generate`."
+                f"Got no chat_template, and none of the processor's is the default one; need one of {', '.join(own)}; "
+                "name it."
             )
-        return prompt
+        return own["default"] if name is None else own.get(name, name)
 
-    def _read_part(self, part: Any, role: str, prompt: _Prompt) -> dict | None:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            text = part.get("text")
-            if not isinstance(text, str):
-                raise ValueError(f"Got a text part with text {text!r}; need a string.")
-            if found := self._special_text.search(text):
-                remedy = "give the image as a part of its own" if found[0] == self.image_token else "take it out"
-                raise ValueError(
-                    f"Got the control token {found[0]} in the text {text[:60]!r}; need text without one, since the "
-                    f"chat template sets them; {remedy}."
-                )
-            return {"type": "text", "text": text}
-        if kind == "image" and part.get("latents") is not None:
-            prompt.latents.append(part["latents"])
-            return {"type": "image"}
-        if kind == "image":
-            key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
-            if key is None:
-                raise ValueError(
-                    "Got an image part without pixels; need {'type': 'image', 'image': picture}; to make an image, "
-                    "leave the part out and pass generate='image'."
-                )
-            prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
-            return {"type": "image"}
-        if kind == "class":
-            if role == "assistant":
-                raise ValueError("Got a class part in an assistant message; need it in a user message; move it there.")
-            if prompt.class_id != NO_CLASS:
-                raise ValueError("Got two class parts in a conversation; need at most one; drop the other.")
-            prompt.class_id = self._class_id(part.get("class"))
-            return None
-        raise ValueError(
-            f"Got a content part {str(part)[:60]}; need a dict of type 'text', 'image' or 'class'; see "
-            "MDMProcessor.apply_chat_template."
-        )
-
-    def _class_id(self, value: Any) -> int:
-        try:
-            class_id = NO_CLASS if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            class_id = NO_CLASS
-        if class_id < 0 or (self.num_classes is not None and class_id >= self.num_classes):
-            upper = "" if self.num_classes is None else f" and at most {self.num_classes - 1}"
-            raise ValueError(
-                f"Got class {value!r}; need a whole number of at least 0{upper}; leave the class out for none."
-            )
-        return class_id
-
-    def _render(
-        self, prompts: list[_Prompt], generate: Sequence[str], chat_template: str | None, template_kwargs: dict | None
-    ) -> list[str]:
-        template = chat_template or self.chat_template
-        variables = {name: value for name, value in (template_kwargs or {}).items() if value is not None}
-        unused = [name for name in variables if name not in template]
-        if unused:
-            raise ValueError(
-                f"Got the argument {unused[0]!r}, which neither the processor nor its chat template knows; check its "
-                "spelling, or pass a `chat_template` that uses it."
-            )
+    def _render(self, prompts: list[Prompt], generate: Sequence[str], template: str, variables: dict) -> list[str]:
         rendered, _ = render_jinja_template(
             conversations=[prompt.messages for prompt in prompts],
             chat_template=template,
@@ -365,41 +274,50 @@ class MDMProcessor(ProcessorMixin):
 
     def _encode(
         self,
-        prompts: list[_Prompt],
+        prompts: list[Prompt],
         generate: Sequence[str],
         image_size: Sequence[int] | None,
         max_new_tokens: int | None,
-        return_tensors: str | None,
-        chat_template: str | None = None,
-        template_kwargs: dict | None = None,
+        row_options: dict,
+        image_options: dict,
+        template: str | None = None,
+        variables: dict | None = None,
     ) -> BatchFeature:
-        canvas = self.max_new_tokens if max_new_tokens is None else _positive("max_new_tokens", max_new_tokens)
+        canvas = self.max_new_tokens if max_new_tokens is None else positive("max_new_tokens", max_new_tokens)
         target_grid = self._grid(image_size)
-        rendered = self._render(prompts, generate, chat_template, template_kwargs)
+        rendered = self._render(prompts, generate, template or self._template(), variables or {})
         # `expand_placeholders` refuses what is too long; the tokenizer's own warning would only foretell it.
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         token_ids = self.tokenizer(rendered, **options)["input_ids"]
 
-        known = self._known_images(prompts)
+        known = self._known_images(prompts, image_options)
         known_grids = iter(np.asarray(known.pop("image_grid_hw", [])).tolist())
         limits = canvas, self.tokenizer.model_max_length
         rows = []
-        for prompt, ids in zip(prompts, token_ids, strict=True):
+        for prompt, text, ids in zip(prompts, rendered, token_ids, strict=True):
             given = len(prompt.images) + len(prompt.latents)
             if ids.count(self.image_token_id) != given:
                 raise ValueError(
                     f"Got {ids.count(self.image_token_id)} {self.image_token} for {given} image(s); need "
                     "one each; mend the chat template so that it renders every image part."
                 )
-            rows.append(expand_placeholders(ids, self._ids, known_grids, target_grid, *limits, self.tokenizer.decode))
+            row = expand_placeholders(ids, self._ids, known_grids, target_grid, *limits, self.tokenizer.decode)
+            absent = [name for name in generate if self._ids[f"{name}_target_token"] not in ids]
+            if absent or not any(row.target_mask):
+                raise ValueError(
+                    f"Got a chat template that renders {text[:60]!r}, without a target for "
+                    f"{' and '.join(absent) or 'the last assistant message'}; need one for all that is to be made; "
+                    "mend the template, or name one of the processor's own."
+                )
+            rows.append(row)
 
-        data = pad_rows(rows, self._ids["pad_token"])
+        data = pad_rows(rows, self._ids["pad_token"], self._length(rows, row_options))
         data["class_ids"] = np.array([prompt.class_id for prompt in prompts], dtype=np.int64)
         if generate:
             del data["labels"]
-        return BatchFeature(data | known, tensor_type=return_tensors)
+        return BatchFeature(data | known, tensor_type=row_options.get("return_tensors", "pt"))
 
-    def _known_images(self, prompts: list[_Prompt]) -> dict[str, Any]:
+    def _known_images(self, prompts: list[Prompt], options: dict) -> dict[str, Any]:
         """`pixel_values` or `image_latents` with `image_grid_hw`; nothing where there is no image."""
         pictures = [image for prompt in prompts for image in prompt.images]
         latents = [image for prompt in prompts for image in prompt.latents]
@@ -410,7 +328,18 @@ class MDMProcessor(ProcessorMixin):
             )
         if latents:
             return self.image_processor.pad_latents(latents)
-        return dict(self.image_processor(pictures)) if pictures else {}
+        return dict(self.image_processor(pictures, **options)) if pictures else {}
+
+    @staticmethod
+    def _length(rows: list, options: dict) -> int:
+        """How long all rows of a batch are to be."""
+        longest, most = max(len(row.input_ids) for row in rows), options.get("max_length")
+        if most is not None and longest > most:
+            raise ValueError(
+                f"Got a row of {longest} tokens; need at most max_length = {most}, as rows are never cut; shorten the "
+                "text, lower max_new_tokens or image_size, or raise max_length."
+            )
+        return most if options["padding"] == "max_length" else longest
 
     def _grid(self, image_size: Sequence[int] | None) -> list[int]:
         """[rows, columns] in patches of an image to generate."""
@@ -468,35 +397,3 @@ class MDMProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs: Any, **decode_kwargs: Any) -> list[str]:
         """The text alone, as transformers' pipeline "image-text-to-text" asks for it."""
         return self.post_process_multimodal_output(generated_outputs, generation_mode="text", **decode_kwargs)
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Got {name} {value!r}; need a whole number of at least 1.")
-    return value
-
-
-def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
-    """`generate` as a tuple; the template orders it."""
-    asked = (generate,) if isinstance(generate, str) or not isinstance(generate, Iterable) else tuple(generate)
-    unknown = [one for one in asked if one not in MODALITIES]
-    if unknown or not asked:
-        got = repr(unknown[0]) if unknown else "nothing"
-        raise ValueError(f"Got generate with {got}; need 'image', 'text' or both; name what to make.")
-    return asked
-
-
-def _columns(**conditions: Any) -> list[list]:
-    """Each condition as a list of one length; what is not a list stands for every prompt."""
-    columns: dict[str, list | None] = {}
-    for name, value in conditions.items():
-        is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == (4 if name == "images" else 1)
-        columns[name] = list(value) if is_stack or isinstance(value, list | tuple) else None
-    lengths = {name: len(column) for name, column in columns.items() if column is not None}
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ValueError(
-            f"Got lists of different lengths or empty ones, {lengths}; a batch needs lists of one length; put None "
-            "where a prompt has no such condition."
-        )
-    count = next(iter(lengths.values()), 1)
-    return [[conditions[name]] * count if column is None else column for name, column in columns.items()]

@@ -84,9 +84,10 @@ def expand_placeholders(
     return row
 
 
-def pad_rows(rows: Sequence[TokenRow], pad_token_id: int) -> dict[str, np.ndarray]:
-    """input_ids, attention_mask, target_mask, labels (b, l), padded on the right; image_grid_hw (m, 2) with images."""
-    b, l = len(rows), max(len(row.input_ids) for row in rows)
+def pad_rows(rows: Sequence[TokenRow], pad_token_id: int, length: int) -> dict[str, np.ndarray]:
+    """input_ids, attention_mask, target_mask, labels (b, length), padded on the right; image_grid_hw (m, 2) with
+    images."""
+    b, l = len(rows), length
     data = {
         "input_ids": np.full((b, l), pad_token_id, dtype=np.int64),
         "attention_mask": np.zeros((b, l), dtype=np.int64),

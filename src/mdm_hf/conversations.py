@@ -1,0 +1,166 @@
+"""Conversations, read and checked: what the chat template sees of them, and what it does not need to see.
+
+{"role": "user", "content": [parts]}, or a string for one text; parts are {"type": "text", "text": str},
+{"type": "image", "image": picture} and {"type": "class", "class": int}. The parts of a last assistant message are
+targets.
+"""
+
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+MODALITIES = ("image", "text")
+ROLES = ("system", "user", "assistant")
+MEDIA_KEYS = ("image", "url", "path", "base64")
+NO_CLASS = -1
+
+
+@dataclass
+class Prompt:
+    """A checked conversation: what the template sees, and what it does not need to see."""
+
+    messages: list[dict] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    latents: list[Any] = field(default_factory=list)  # of images that a pixel autoencoder has seen before
+    class_id: int = NO_CLASS
+    has_targets: bool = False
+
+
+@dataclass
+class ConversationReader:
+    """Reads conversations; texts that hold one of the control tokens are refused."""
+
+    special_text: re.Pattern
+    image_token: str
+    num_classes: int | None = None
+
+    def as_messages(self, text: str | None, image: Any, class_id: int | None) -> list[dict]:
+        """The conditions of one prompt as a conversation; no condition, no message."""
+        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"Got a text of type {type(text).__name__}; need a string, or None for no text.")
+        image_parts = [{"type": "image", "image": one} for one in images]
+        marks = 0 if text is None else text.count(self.image_token)
+        if marks not in (0, len(images)):
+            raise ValueError(
+                f"Got {marks} {self.image_token} in a text with {len(images)} image(s); need as many of one as of the "
+                f"other; give the pixels in `images`, or take {self.image_token} out of the text."
+            )
+        parts: list[dict] = [] if class_id is None else [{"type": "class", "class": class_id}]
+        if marks:
+            for piece, image_part in zip(text.split(self.image_token), [*image_parts, None], strict=True):
+                parts += [{"type": "text", "text": piece}] if piece.strip() else []
+                parts += [] if image_part is None else [image_part]
+        else:
+            parts += image_parts + ([] if text is None else [{"type": "text", "text": text}])
+        return [{"role": "user", "content": parts}] if parts else []
+
+    def read(self, messages: Any) -> Prompt:
+        """Checks a conversation and takes images and class out of it."""
+        messages = messages.messages if hasattr(messages, "messages") else messages
+        if isinstance(messages, str) or any(isinstance(message, str) for message in messages):
+            raise ValueError(
+                f"Got {str(messages)[:60]} as a conversation; need messages, dicts with 'role' and 'content'; batches "
+                "of strings, such as a DataLoader's, are no prompts: give texts as `text`, one string a prompt."
+            )
+        prompt = Prompt()
+        for message in messages:
+            fields = message if isinstance(message, dict) else {}
+            role, content = fields.get("role"), fields.get("content")
+            if role not in ROLES:
+                raise ValueError(
+                    f"Got the message {str(message)[:60]}; need a dict with 'content' and a 'role' among "
+                    f"{', '.join(ROLES)}."
+                )
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            parts = [self._read_part(part, role, prompt) for part in content or []]
+            prompt.messages.append({"role": role, "content": [part for part in parts if part is not None]})
+        prompt.has_targets = bool(messages) and messages[-1]["role"] == "assistant"
+        if prompt.has_targets and not prompt.messages[-1]["content"]:
+            raise ValueError(
+                "Got a last assistant message without a text or image part, and so no target; need at least one; add "
+                "what the model is to learn, or drop the message and name what to make with `generate`."
+            )
+        return prompt
+
+    def _read_part(self, part: Any, role: str, prompt: Prompt) -> dict | None:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise ValueError(f"Got a text part with text {text!r}; need a string.")
+            if found := self.special_text.search(text):
+                remedy = "give the image as a part of its own" if found[0] == self.image_token else "take it out"
+                raise ValueError(
+                    f"Got the control token {found[0]} in the text {text[:60]!r}; need text without one, since the "
+                    f"chat template sets them; {remedy}."
+                )
+            return {"type": "text", "text": text}
+        if kind == "image" and part.get("latents") is not None:
+            prompt.latents.append(part["latents"])
+            return {"type": "image"}
+        if kind == "image":
+            key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
+            if key is None:
+                raise ValueError(
+                    "Got an image part without pixels; need {'type': 'image', 'image': picture}; to make an image, "
+                    "leave the part out and pass generate='image'."
+                )
+            prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
+            return {"type": "image"}
+        if kind == "class":
+            if role == "assistant":
+                raise ValueError("Got a class part in an assistant message; need it in a user message; move it there.")
+            if prompt.class_id != NO_CLASS:
+                raise ValueError("Got two class parts in a conversation; need at most one; drop the other.")
+            prompt.class_id = self._class_id(part.get("class"))
+            return None
+        raise ValueError(
+            f"Got a content part {str(part)[:60]}; need a dict of type 'text', 'image' or 'class'; see "
+            "MDMProcessor.apply_chat_template."
+        )
+
+    def _class_id(self, value: Any) -> int:
+        try:
+            class_id = NO_CLASS if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            class_id = NO_CLASS
+        if class_id < 0 or (self.num_classes is not None and class_id >= self.num_classes):
+            upper = "" if self.num_classes is None else f" and at most {self.num_classes - 1}"
+            raise ValueError(
+                f"Got class {value!r}; need a whole number of at least 0{upper}; leave the class out for none."
+            )
+        return class_id
+
+
+def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
+    """`generate` as a tuple; the template orders it."""
+    asked = (generate,) if isinstance(generate, str) or not isinstance(generate, Iterable) else tuple(generate)
+    unknown = [one for one in asked if one not in MODALITIES]
+    if unknown or not asked:
+        got = repr(unknown[0]) if unknown else "nothing"
+        raise ValueError(f"Got generate with {got}; need 'image', 'text' or both; name what to make.")
+    return asked
+
+
+def as_columns(**conditions: Any) -> list[list]:
+    """Each condition as a list of one length; what is not a list stands for every prompt."""
+    columns: dict[str, list | None] = {}
+    for name, value in conditions.items():
+        is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == (4 if name == "images" else 1)
+        columns[name] = list(value) if is_stack or isinstance(value, list | tuple) else None
+    lengths = {name: len(column) for name, column in columns.items() if column is not None}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(
+            f"Got lists of different lengths or empty ones, {lengths}; a batch needs lists of one length; put None "
+            "where a prompt has no such condition."
+        )
+    count = next(iter(lengths.values()), 1)
+    return [[conditions[name]] * count if column is None else column for name, column in columns.items()]
