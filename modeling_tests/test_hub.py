@@ -57,8 +57,13 @@ pipe.processor.push_to_hub("org/shards")
 HfApi().create_repo("org/card")
 HfApi().upload_folder(repo_id="org/card", folder_path=card)
 
-pipe.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+pipe.model.model.push_to_hub("org/base")
+pipe.model.model.vae.push_to_hub("org/vae")
+pipe.save_pretrained(sys.argv[2] + "/pipe", push_to_hub=True, repo_id="org/saved", commit_message="all")
+
+pipe.scheduler = pipe.model.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
 pipe.push_to_hub("org/private", private=True)
+pipe.model.save_pretrained(sys.argv[2] + "/model", push_to_hub=True, repo_id="org/saved-model")
 seen["ddim"] = call(pipe)
 pipe.scheduler.push_to_hub("org/solver")
 
@@ -104,9 +109,12 @@ seen["untrusted"] = error_of(lambda: AutoModel.from_pretrained("org/mdm-digits",
 seen["untrusted pipe"] = error_of(lambda: pipeline(model="org/mdm-digits", trust_remote_code=False))
 seen["private"] = error_of(lambda: pipeline(model="org/private", **trust))
 seen["card alone"] = error_of(lambda: AutoModel.from_pretrained("org/card", **trust))
+seen["parts"] = [type(AutoModel.from_pretrained(f"org/{name}", **trust)).__name__ for name in ("base", "vae")]
 seen["pushed"] = error_of(lambda: pipe.push_to_hub("org/other"))
 """
 PULL_WITH_PACKAGE = """
+import os
+from pathlib import Path
 from diffusers import DDIMScheduler
 from huggingface_hub import HfApi
 from mdm_hf import MDMPipeline
@@ -126,12 +134,24 @@ pipe.scheduler = solver
 seen["solver"] = call(pipe)
 upload = lambda: HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=name, parent_commit=stale)
 seen["stale"] = error_of(upload)
+
+on_base = MDMPipeline.from_pretrained("org/adapter")
+seen["adapter pipe"] = sample(on_base.model, on_base.processor)
+[cached] = Path(os.environ["HF_HOME"]).glob("hub/models--org--mdm-digits/snapshots/*/tokenizer.json")
+cached.resolve().write_bytes(cached.read_bytes()[:500])
+seen["broken cache"] = error_of(lambda: MDMPipeline.from_pretrained(name))
+seen["downloaded again"] = call(MDMPipeline.from_pretrained(name, force_download=True))
 seen["remote code"] = [name for name in sys.modules if name.startswith("transformers_modules.")]
 """
 BREAK_WITH_PACKAGE = """
 import mdm_hf
+pipe = mdm_hf.MDMPipeline.from_pretrained("org/mdm-digits")
 for name in sys.argv[2:]:
-    seen[name] = error_of(lambda: mdm_hf.MDMPipeline.from_pretrained(f"org/{name}"))
+    if "adapter" in name:
+        seen[name] = error_of(lambda: pipe.load_adapter(f"org/{name}"))
+    else:
+        seen[name] = error_of(lambda: mdm_hf.MDMPipeline.from_pretrained(f"org/{name}"))
+pipe.load_adapter("org/adapter")  # what was half loaded is gone
 """
 BREAK_WITHOUT_PACKAGE = """
 sys.modules["mdm_hf"] = None
@@ -147,10 +167,28 @@ BROKEN = {
     "missing-processor": ("processor_config.json", "processor_config.json"),
     "missing-code": ("ssd.py", "ssd.py"),
     "missing-pipeline": ("pipeline_mdm.py", "pipeline_mdm.py"),
-    "truncated-weights": ("model.safetensors", ".safetensors file that cannot be read"),
-    "truncated-shard": ("model-00002-of-00003.safetensors", ".safetensors file that cannot be read"),
+    "truncated-weights": ("model.safetensors", "with a .safetensors file or a model.safetensors.index.json"),
+    "truncated-shard": (
+        "model-00002-of-00003.safetensors",
+        "with a .safetensors file or a model.safetensors.index.json",
+    ),
     "truncated-tokenizer": ("tokenizer.json", "tokenizer.json, whole; push"),
     "truncated-config": ("config.json", "config.json"),
+    "missing-solver": (
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduler_config.json, which its config.json says",
+    ),
+    "truncated-solver": ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json that is not whole JSON"),
+    "missing-generation": ("generation_config.json", "generation_config.json, which its config.json says"),
+    "truncated-generation": ("generation_config.json", "generation_config.json that is not whole JSON"),
+    "missing-template": ("chat_template.jinja", "without chat_template.jinja"),
+    "truncated-template": ("chat_template.jinja", "chat_template.jinja that cannot be read"),
+    "truncated-processor": ("processor_config.json", "processor_config.json"),
+    "truncated-shard-index": ("model.safetensors.index.json", "model.safetensors.index.json that cannot be read"),
+}
+BROKEN_ADAPTERS = {
+    "truncated-adapter-weights": ("adapter_model.safetensors", "adapter_model.safetensors that cannot be read"),
+    "truncated-adapter-config": ("adapter_config.json", "Got the adapter org/truncated-adapter-config"),
 }
 
 
@@ -171,7 +209,8 @@ def hub():
 
 @pytest.fixture(scope="module")
 def pusher(hub, tmp_path_factory) -> dict:
-    return run(PUSH, hub, tmp_path_factory.mktemp("pusher"), token=WRITE_TOKEN)
+    folder = tmp_path_factory.mktemp("pusher")
+    return run(PUSH, hub, folder, str(folder), token=WRITE_TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +228,9 @@ def friend(hub, pusher, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def broken(hub, pusher) -> None:
     """Repositories that miss a file, or have half of one."""
-    for name, (file, _) in BROKEN.items():
-        tree = dict(files(hub, "shards" if "shard" in name else "mdm-digits"))
+    for name, (file, _) in (BROKEN | BROKEN_ADAPTERS).items():
+        whole = "shards" if "shard" in name else "adapter" if name in BROKEN_ADAPTERS else "mdm-digits"
+        tree = dict(files(hub, whole))
         content = tree.pop(file)
         if name.startswith("truncated"):
             tree[file] = content[: len(content) // 2]
@@ -200,7 +240,7 @@ def broken(hub, pusher) -> None:
 
 @pytest.fixture(scope="module")
 def breakages(hub, broken, tmp_path_factory) -> dict:
-    return run(BREAK_WITH_PACKAGE, hub, tmp_path_factory.mktemp("breakages"), *BROKEN)
+    return run(BREAK_WITH_PACKAGE, hub, tmp_path_factory.mktemp("breakages"), *BROKEN, *BROKEN_ADAPTERS)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +261,18 @@ def test_what_is_pushed_is_one_repository_with_everything_in_it(hub, pusher):
     assert sum(name.endswith(".safetensors") for name in files(hub, "shards")) > 1
     assert set(files(hub, "adapter")) >= {"adapter_config.json", "adapter_model.safetensors"}
     assert len(files(hub, "adapter")["adapter_model.safetensors"]) < 0.05 * len(pushed["model.safetensors"])
+
+
+def test_saving_with_push_to_hub_pushes_the_whole_folder_in_one_commit(hub, pusher):
+    told = {"README.md", "demo.png", "scores.json"}
+    assert set(files(hub, "saved")) - told == set(files(hub, "mdm-digits")) - told
+    assert b"custom_pipelines" in files(hub, "saved")["config.json"]
+    assert len(hub.repositories["org/saved"].commits) == 2  # with that of its creation
+    assert b"DDIMScheduler" in files(hub, "saved-model")["scheduler/scheduler_config.json"]
+
+
+def test_the_parts_of_the_model_load_without_the_package_too(stranger):
+    assert stranger["parts"] == ["MDMModel", "MDMVAEModel"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +311,8 @@ def test_the_pipelines_of_transformers_find_the_code_but_one_asks_for_torchvisio
         ("by sha", "pipe"),
         ("card alone", "pipe"),
         ("adapted", "adapted"),
+        ("adapter pipe", "adapted"),
+        ("downloaded again", "pipe"),
         ("ddim", "ddim"),
         ("solver", "ddim"),
     ],
@@ -267,6 +321,10 @@ def test_with_the_package_the_same_bytes_come_without_remote_code(pusher, friend
     assert friend[what] == pusher[as_pushed]
     assert friend["class"] == "mdm_hf.pipeline_mdm"
     assert friend["remote code"] == []
+
+
+def test_a_broken_cache_is_told_with_the_remedy_that_works(friend):
+    assert "tokenizer.json, whole; push or download them again, with force_download=True" in friend["broken cache"]
 
 
 def test_the_samples_that_should_differ_do(pusher):
@@ -301,3 +359,9 @@ def test_a_half_uploaded_repository_is_named_with_the_file_that_is_wrong(breakag
         else:
             assert f"org/{name}" in errors[name].replace("--", "/")  # transformers may name the file in the cache
             assert BROKEN[name][1] in errors[name]
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_a_half_uploaded_adapter_is_named_with_the_file_that_is_wrong(breakages, name):
+    assert f"org/{name}" in breakages[name]
+    assert BROKEN_ADAPTERS[name][1] in breakages[name]

@@ -1,6 +1,7 @@
 """Claims about MDMPipeline and the Auto classes, on the shipped digits folder's processor and a tiny model."""
 
 import copy
+import json
 import logging
 import threading
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
@@ -125,7 +127,66 @@ def test_the_scheduler_that_was_saved_comes_back(pipe, tmp_path):
     with pytest.raises(ValueError, match="saved with the scheduler 'NoSuchScheduler', which diffusers"):
         MDMPipeline.from_pretrained(tmp_path)
     file.unlink()
-    assert MDMPipeline.from_pretrained(tmp_path).scheduler is None
+    with pytest.raises(ValueError, match="without scheduler/scheduler_config.json, which its config.json says it was"):
+        MDMPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_names_no_files_to_sample_with_may_have_none_but_says_so(pipe, tmp_path, caplog):
+    pipe.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("saved_with") == ["generation_config.json", "scheduler/scheduler_config.json"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file in ("generation_config.json", "scheduler/scheduler_config.json"):
+        (tmp_path / file).unlink()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    loaded = MDMPipeline.from_pretrained(tmp_path)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert loaded.scheduler is None
+    assert (
+        f"Got {tmp_path} without generation_config.json; sampling as MDMGenerationConfig's defaults say" in caplog.text
+    )
+
+
+def test_all_parts_come_from_the_subfolder_and_options_become_defaults(pipe, tmp_path):
+    MDMPipeline(pipe.model, pipe.processor, DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path / "deep")
+    loaded = MDMPipeline.from_pretrained(tmp_path, subfolder="deep", num_inference_steps=2, generate="image")
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is DDIMScheduler
+    expected = pipe("a three", generate="image", seed=0, num_inference_steps=2, scheduler=loaded.scheduler)
+    assert pixels(loaded("a three", seed=0)) == pixels(expected)
+    with pytest.raises(ValueError, match="Got the option\\(s\\) seed; need some of generate"):
+        MDMPipeline.from_pretrained(tmp_path, subfolder="deep", seed=1)
+
+
+def test_an_adapter_is_loaded_onto_the_base_that_it_names(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "base")
+    base = MDMPipeline.from_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=2, init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    torch.manual_seed(0)
+    get_peft_model(base.model, adapter).eval().save_pretrained(tmp_path / "alone")
+    adapted = MDMPipeline(base.model, base.processor, DDIMScheduler(prediction_type="sample"))
+    adapted.set_progress_bar_config(disable=True)
+    options = {"generate": "image", "seed": 0, "num_inference_steps": 2}
+    alone = MDMPipeline.from_pretrained(tmp_path / "alone")
+    alone.set_progress_bar_config(disable=True)
+    assert pixels(alone("a three", scheduler=adapted.scheduler, **options)) == pixels(adapted("a three", **options))
+
+    alone.scheduler = adapted.scheduler
+    alone.save_pretrained(tmp_path / "both")
+    both = MDMPipeline.from_pretrained(tmp_path / "both")
+    assert type(both.scheduler) is DDIMScheduler
+    both.set_progress_bar_config(disable=True)
+    assert pixels(both("a three", **options)) == pixels(adapted("a three", **options))
+
+    config = tmp_path / "alone" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="adapter_config.json names no base_model_name_or_path; need the model that"):
+        MDMPipeline.from_pretrained(tmp_path / "alone")
+
+
+def test_a_pipeline_without_a_processor_is_refused(pipe):
+    with pytest.raises(ValueError, match="Got a model without a processor; need both; pass processor=MDMProcessor"):
+        MDMPipeline(pipe.model)
 
 
 CHAT = [{"role": "user", "content": "a three"}]
@@ -232,6 +293,19 @@ def test_a_stream_that_is_left_stops_the_network_and_its_errors_are_raised(pipe,
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pipe.stream("a three", generate="image", num_inference_steps=9))
     assert threading.active_count() == threads
+
+
+def test_a_stream_runs_the_callback_before_each_look(pipe):
+    def blank(model, step, timesteps, tensors):
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    steps: list[int] = []
+    options = {"generate": "image", "seed": 0, "num_inference_steps": 3}
+    *looks, last = pipe.stream("a three", callback_on_step_end=blank, **options)
+    assert (steps, len(looks)) == ([0, 1, 2], 2)
+    assert pixels(last) == pixels(pipe("a three", callback_on_step_end=blank, **options))
+    assert pixels(last) != pixels(pipe("a three", **options))
 
 
 def test_a_stream_of_prompts_read_one_by_one_is_refused(pipe):
@@ -399,6 +473,8 @@ def test_arrays_are_batches_as_lists_are(pipe):
         ({"text": [{"messages": CHAT, "class_ids": 3}]}, "put the conditions into the messages"),
         ({"text": [{"caption": "a three"}]}, "Got a prompt with 'caption'; need some of text, images"),
         ({"text": [CHAT, "a three"]}, "Got a batch of 1 conversations and 1 prompts of another kind"),
+        ({"messages": ["a three", "a four"]}, "batches of strings, such as a DataLoader's, are no prompts"),
+        ({"text": [["a three", "a four"]]}, "batches of strings, such as a DataLoader's, are no prompts"),
         ({"steps": 3}, "Got the option(s) steps; need some of generate, image_size"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0; it must be a whole number, 1 or more"),
         ({"num_return_sequences": 2.5}, "`num_return_sequences` is 2.5; it must be a whole number"),

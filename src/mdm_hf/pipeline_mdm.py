@@ -21,8 +21,12 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
+from .checkpoints import ADAPTER_CONFIG, GENERATION_CONFIG, SOLVER, hub_options, read_json
+from .conversations import MODALITIES, as_modalities
+from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
-from .processing_mdm import MODALITIES, MDMProcessor, as_modalities
+from .processing_mdm import MDMProcessor
+from .solvers import load_solver
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
@@ -36,6 +40,9 @@ GENERATE_OPTIONS = (
     "modality_lag",
     "scheduler",
 )
+CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
+# How to reach the Hub, for all parts alike.
+ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class MDMPipeline(Pipeline):
@@ -70,6 +77,11 @@ class MDMPipeline(Pipeline):
     def __init__(
         self, model, processor: MDMProcessor | None = None, scheduler=None, compile: bool | str = False, **kwargs
     ):
+        if processor is None:
+            raise ValueError(
+                "Got a model without a processor; need both; pass processor=MDMProcessor.from_pretrained(...), or "
+                "load the two together with MDMPipeline.from_pretrained(...)."
+            )
         super().__init__(model=model, processor=processor, **kwargs)
         self.scheduler = scheduler or model.scheduler
         if compile:
@@ -84,23 +96,43 @@ class MDMPipeline(Pipeline):
             device: "cpu", "cuda:1", ...; the first accelerator by default.
             batch_size: Samples per `generate` call, 32 by default.
             compile: See [`MDMPipeline`].
-            kwargs: `revision`, `token`, `cache_dir`, ... for all parts; `dtype` and `device_map` for the model.
-        """
-        shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
-        model = MDMForMultiModalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        processor = MDMProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
-        return cls(model.eval(), processor, compile=compile, device=device, batch_size=batch_size)
+            kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `force_download`, ... for all parts; `dtype`,
+                `device_map`, ... for the model; the options of a call, as defaults for it.
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Writes model, processor, scheduler, generation config and the code of them all into one folder."""
+        A folder or repository with a PEFT adapter is loaded onto the base model that it names; processor and settings
+        that are not beside the adapter are the base model's.
+
+        Raises:
+            ValueError: files that are missing or not whole, named with what to do.
+        """
+        path = pretrained_model_name_or_path
+        defaults = {k: kwargs.pop(k) for k in (*PROCESSOR_OPTIONS, *GENERATE_OPTIONS, *CALL_OPTIONS) if k in kwargs}
+        place = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
+        access = {k: kwargs[k] for k in ACCESS if k in kwargs}
+        adapter = read_json(path, ADAPTER_CONFIG, **place, **access)
+        if adapter is None:
+            model = MDMForMultiModalGeneration.from_pretrained(path, **kwargs)
+            processor = MDMProcessor.from_pretrained(path, **place, **access)
+        else:
+            of_model = {k: v for k, v in kwargs.items() if k not in place}
+            model, processor = _adapted(path, adapter, place, access, of_model)
+        return cls(model.eval(), processor, compile=compile, device=device, batch_size=batch_size, **defaults)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Writes model, processor, scheduler, generation config and the code of them all into one folder; with
+        `push_to_hub` also to the Hub, as [`~MDMPipeline.push_to_hub`] does, to the repository `repo_id`."""
+        hub = hub_options(save_directory, kwargs) if push_to_hub else {}
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
-        (self.scheduler or self.model.default_scheduler()).save_pretrained(Path(save_directory) / "scheduler")
+        (self.scheduler or self.model.default_scheduler()).save_pretrained((Path(save_directory) / SOLVER).parent)
         if not getattr(self.model, "_hf_peft_config_loaded", False):  # then it is an adapter, without a config
             impl = f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
             self.model.config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
+            self.model.config.saved_with = [GENERATION_CONFIG, SOLVER]
             self.model.config.save_pretrained(save_directory)
             custom_object_save(self, save_directory)
+        if push_to_hub:  # when everything is there, in one commit
+            self.push_to_hub(**hub)
 
     def load_adapter(self, peft_model_id: str, **kwargs):
         """Puts a PEFT adapter, from a folder or a Hub repository, on the model; see `PreTrainedModel.load_adapter`."""
@@ -167,6 +199,7 @@ class MDMPipeline(Pipeline):
         *,
         num_return_sequences: int = 1,
         seed: int | None = None,
+        callback_on_step_end: Callable | None = None,
         **options,
     ) -> Iterator[list[dict]]:
         """Watches the samples form: the same call, in one batch, with a look at it after every network call.
@@ -175,7 +208,8 @@ class MDMPipeline(Pipeline):
 
         Args:
             text, images, class_ids, messages: Values or lists, as in a call.
-            num_return_sequences, seed, options: As in a call.
+            num_return_sequences, seed, callback_on_step_end, options: As in a call. The callback runs before the look
+                is taken, in the thread of the network.
 
         Yields:
             After each network call the list that the call returns, of what the samples would be if the network were
@@ -195,8 +229,12 @@ class MDMPipeline(Pipeline):
 
         def draw(show: Callable[[list[dict]], None]):
             def look(model, step, timesteps, tensors):
+                changed = None
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(model, step, timesteps, tensors)
                 if any(timesteps):  # all are 0 when the samples are done
                     show(self.postprocess(tensors["decode"]()))
+                return changed
 
             show(self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}))
 
@@ -280,6 +318,26 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
+
+
+def _adapted(path, adapter: dict, place: dict, access: dict, of_model: dict):
+    """The base model of an adapter with the adapter on it, and the processor of the two."""
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"Got {path}, an adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; need the model that it "
+            "was trained on; load that with MDMPipeline.from_pretrained(...), then load_adapter(...) this."
+        )
+    of_base = {"revision": adapter["revision"]} if adapter.get("revision") else {}
+    model = MDMForMultiModalGeneration.from_pretrained(base, **of_base, **of_model)
+    model.load_adapter(str(path), adapter_kwargs=place | access)
+    # A pipeline with an adapter saves these beside it.
+    if (saved := read_json(path, GENERATION_CONFIG, **place, **access)) is not None:
+        model.generation_config = MDMGenerationConfig(**saved)
+    model.scheduler = load_solver(path, **place, **access) or model.scheduler
+    has_own = read_json(path, "processor_config.json", **place, **access) is not None
+    processor = MDMProcessor.from_pretrained(path if has_own else base, **(place if has_own else of_base), **access)
+    return model, processor
 
 
 def _call_block(layer, *args, **kwargs):
