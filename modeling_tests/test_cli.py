@@ -41,15 +41,24 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
         (["generate", "--modality-lag", "2"], "`modality_lag` is 2.0; it must lie in [-1, 1]"),
         (["generate", "--image", "missing.png"], "'missing.png', which cannot be opened"),
         (["generate", "--image", __file__], "which holds no image that Pillow can read"),
-        (["evaluate", "--num-samples", "3"], "needs at least 65"),
     ],
-    ids=["steps", "class", "lag", "file", "no-image", "samples"],
+    ids=["steps", "class", "lag", "file", "no-image"],
 )
 def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, capsys):
     assert main([*arguments, "--model", CARD]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_too_few_samples_to_score_are_refused_before_a_model_is_loaded(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--num-samples", "64", "--model", CARD])
+    assert stop.value.code == 2
+    assert "got 64; need 65 or more, for a Frechet distance over 64 pixels" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "samples per task, 65 or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["0", "-2", "1.5", "ten"])

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("image", "text"),
         help="what to make (default: text if there is an --image, else both)",
     )
-    generate.add_argument("--num-samples", type=int, default=1, help="samples (default: %(default)s)")
+    generate.add_argument("--num-samples", type=_count, default=1, help="samples (default: %(default)s)")
     generate.add_argument("--steps", type=int, help="solver steps of each modality (default: the model's)")
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", _evaluate, "score a digits model on the held-out digits", "mdm evaluate --num-samples 500"
     )
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
-    evaluate.add_argument("--num-samples", type=int, default=500, help="samples per task (default: %(default)s)")
+    evaluate.add_argument(
+        "--num-samples", type=_sample_count, default=500, help="samples per task, 65 or more (default: %(default)s)"
+    )
     evaluate.add_argument("--steps", type=int, default=20, help="solver steps of each modality (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
@@ -145,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
 def _count(given: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise argparse.ArgumentTypeError(f"got {given!r}; need a whole number, 1 or more")
+    return int(given)
+
+
+def _sample_count(given: str) -> int:
+    if _count(given) < 65:
+        raise argparse.ArgumentTypeError(f"got {given}; need 65 or more, for a Frechet distance over 64 pixels")
     return int(given)
 
 
