@@ -2,7 +2,7 @@
 
 Importing `tests.test_modeling_common` and its like works once `unpack` has run. For what they import and the
 distribution lacks, `ABSENT` stands in: exporters and token-by-token generation, which are not ours to test, an empty
-table of config arguments, and a cache of pictures.
+table of config arguments, and a cache of pictures, which has one.
 """
 
 import subprocess
@@ -13,12 +13,13 @@ from pathlib import Path
 import transformers
 
 
+PICTURE = str(Path(__file__).parents[2] / "model_cards" / "mdm-digits" / "demo.png")
 ABSENT = {
     "exporters/test_export.py": "class ExportTesterMixin: pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "distributed_testing_utils.py": "def __getattr__(name):\n    return None\n",
-    "../fetch_hub_objects_for_ci.py": "def url_to_local_path(url):\n    return url\n",
+    "../fetch_hub_objects_for_ci.py": f"def url_to_local_path(url):\n    return {PICTURE!r}\n",
 }
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "upstream"
 
@@ -41,6 +42,12 @@ def unpack(version: str) -> Path:
         for member in members:
             member.name = member.name.partition("/")[2]
         archive.extractall(folder, members=members, filter="data")
+    (folder / "complete").touch()
+    return folder
+
+
+def stand_in(folder: Path) -> None:
+    """Writes what `ABSENT` has into an unpacked distribution."""
     for name, text in ABSENT.items():
         path = (folder / "tests" / name).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +55,8 @@ def unpack(version: str) -> Path:
             (path.parent / "__init__.py").touch()
         path.write_text(text)
     (folder / "tests" / "__init__.py").touch()
-    (folder / "complete").touch()
-    return folder
 
 
-sys.path.insert(0, str(unpack(transformers.__version__)))
+FOLDER = unpack(transformers.__version__)
+stand_in(FOLDER)
+sys.path.insert(0, str(FOLDER))

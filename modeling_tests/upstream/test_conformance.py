@@ -8,7 +8,7 @@ import torch
 from tests.test_configuration_common import ConfigTester
 from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 from tests.test_modeling_common import ModelTesterMixin
-from tests.test_processing_common import ProcessorTesterMixin
+from tests.test_processing_common import MODALITY_TEST_SPECS, ProcessorTesterMixin
 from tiny import batch, fixed_noise, tiny_config
 from transformers import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -19,6 +19,8 @@ from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, 
 
 CARD = Path(__file__).parents[2] / "model_cards" / "mdm-digits"
 MODEL_MAPPING_NAMES["mdm"] = "MDMModel"
+# The mixin's own factor of -1 makes pixels outside [-1, 1], which are refused; this one makes every pixel dark.
+MODALITY_TEST_SPECS["images"]["init_time_kwargs"] = {"do_rescale": True, "rescale_factor": 1e-3}
 
 
 class MDMModelTester:
@@ -103,37 +105,23 @@ class MDMImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
 class MDMProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = MDMProcessor
     model_id = str(CARD)
+    images_unstructured_max_length = 90  # a row holds what is to be made, too
     locals().update(
         left_out(
             {
-                "the call takes conditions and what to generate; it has no free groups of keyword arguments": (
-                    "test_doubly_passed_kwargs_0_images",
-                    "test_flat_kwarg_applied_when_modality_dict_lacks_it",
-                    "test_kwargs_overrides_default_subprocessor_kwargs_0_images",
-                    "test_model_input_names",
-                    "test_overlapping_text_image_kwargs_handling_0_images",
-                    "test_replacement_offsets",
-                    "test_structured_kwargs_nested_from_dict_0_images",
-                    "test_unstructured_kwargs_0_images",
-                    "test_unstructured_kwargs_batched_0_images",
-                ),
-                "tensors, padding and image and text together are the defaults, and a call may override the canvas": (
-                    "test_call_arguments_default_none",
-                    "test_call_arguments_not_in_attributes",
-                    "test_call_arguments_not_in_processor_kwargs",
-                ),
-                "a rescale factor of -1 makes pixels outside [-1, 1], which are refused": (
-                    "test_subprocessor_defaults_preserved_by_kwargs_0_images",
-                ),
-                "text and image are conditions of one prompt: no placeholders are written into the text, and either "
-                "may be absent": (
-                    "test_if_input_has_mismatching_tokens_and_mm_data",
-                    "test_processor_text_has_no_visual",
-                    "test_processor_with_multiple_inputs",
+                "beside a text a row holds control tokens and what to make, beside known images those to make": (
+                    "test_subprocessor_defaults_0_text",
                     "test_subprocessor_defaults_1_images",
                 ),
-                "a conversation becomes tensors with its target mask, not ids alone; there is no mask of assistant "
-                "tokens besides": (
+                "every condition may be absent, all of them too": ("test_processor_with_multiple_inputs",),
+                "another number of texts than of images is refused, in words of our own": (
+                    "test_if_input_has_mismatching_tokens_and_mm_data",
+                ),
+                "an image becomes tokens, not text, so no text has offsets of it": ("test_replacement_offsets",),
+                "a call may override the canvas that the processor was saved with": (
+                    "test_call_arguments_not_in_attributes",
+                ),
+                "a conversation becomes a row with its target mask: no ids of its text alone, no other mask": (
                     "test_apply_chat_template_assistant_mask",
                     "test_apply_chat_template_image_0",
                     "test_apply_chat_template_image_1",
