@@ -6,6 +6,7 @@ WAY is "ddp" or "fsdp2"; a batch is eight rows whatever N is. Writes FOLDER/log.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def main(checkpoint: str, folder: str, way: str, steps: str, *resume: str):
     if dist.get_rank() == 0:
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
         save_file(averaged, Path(folder) / "averaged.safetensors")
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads, torn down with the interpreter, have been seen to abort it
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class TrainingEstimate:
         tokens_per_step: Positions of all processes' batches, padding included.
         weights, gradients, optimizer, average: Bytes, all processes' shares together.
         activations: Bytes that one process holds at the end of the forward pass, scratch included.
+        one_block: As `activations`, of one block: what is left of them at the end of the backward pass.
         seconds_per_step: On this machine; without the optimiser's work.
         processes: Over which FSDP2 shards weights, gradients, optimiser and average; 1 without it.
         largest_block: Bytes of the largest group of weights that FSDP2 gathers at once.
@@ -51,6 +52,7 @@ class TrainingEstimate:
     optimizer: int
     average: int
     activations: int
+    one_block: int
     seconds_per_step: float
     processes: int = 1
     largest_block: int = 0
@@ -61,7 +63,7 @@ class TrainingEstimate:
         """Bytes of one process at its fullest: when the backward pass starts, or when it ends."""
         kept = (self.weights + self.optimizer + self.average) // self.processes
         gathered = 2 * self.largest_block if self.processes > 1 else 0
-        return self.own + kept + gathered + max(self.activations, self.gradients // self.processes)
+        return self.own + kept + gathered + max(self.activations, self.gradients // self.processes + self.one_block)
 
     def __str__(self) -> str:
         shared = f", of which each of {self.processes} processes holds its share" if self.processes > 1 else ""
@@ -247,7 +249,7 @@ def estimate_training(
         for n, batch in batches.items():
             measured[blocks, n] = _probe(model, batch, autocast)
         del model
-    blocks = config.num_hidden_layers
+    blocks, peaks = config.num_hidden_layers, {key: peak for key, (peak, _) in measured.items()}
     return TrainingEstimate(
         parameters=sum(n for n, _, _ in sizes),
         trainable=sum(n for n, _ in trained),
@@ -256,7 +258,8 @@ def estimate_training(
         gradients=sum(size for _, size in trained),
         optimizer=ADAM_STATES * sum(size for _, size in trained),
         average=sum(size for _, size in trained) if has_average else 0,
-        activations=int(_linear({key: peak for key, (peak, _) in measured.items()}, blocks, rows)),
+        activations=int(_linear(peaks, blocks, rows)),
+        one_block=int(_linear(peaks, 1, rows)),
         seconds_per_step=accumulation * _seconds({key: s for key, (_, s) in measured.items()}, blocks, rows),
         processes=processes if is_sharded else 1,
         largest_block=largest,
