@@ -1,6 +1,7 @@
 """Claims about whole runs: a folder of pictures with captions becomes a model, stage by stage, and can be resumed."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -166,6 +167,31 @@ def test_a_recipe_with_a_pixel_autoencoder_trains_behind_it_and_leaves_it_as_it_
     wrong = [changes[0], "processor={image_size: [8, 16], patch_size: 2, downsampling: 2, num_channels: 3}"]
     with pytest.raises(ValueError, match="Got processor.patch_size 2 for an autoencoder with 2 pixels a latent"):
         run_recipe(recipe(pictures, tmp_path / "wrong", *wrong))
+
+
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
+def test_a_stage_trains_in_bf16_or_with_checkpointing_and_keeps_its_weights_in_fp32(pictures, run, tmp_path, option):
+    changes = [f"stages.diffusion.{option}=true", f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae="]
+    weights = load_file(run_recipe(recipe(pictures, tmp_path / "run", *changes)) / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+    steps = json.loads((tmp_path / "run" / "diffusion" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert steps["global_step"] == 3
+
+
+def test_losses_on_eval_data_are_logged_and_do_not_change_the_run(pictures, run, tmp_path):
+    def trained(folder, *changes):
+        alone = [f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae="]
+        return run_recipe(recipe(pictures, folder, *alone, *changes))
+
+    plain = load_file(trained(tmp_path / "plain") / "model.safetensors")
+    held_out = f"{{pictures: {{path: {pictures}, adapter: captions}}}}"
+    final = trained(tmp_path / "evaluated", f"eval_data={held_out}", "eval_samples=8")
+    assert all(torch.equal(plain[name], value) for name, value in load_file(final / "model.safetensors").items())
+    log = json.loads((tmp_path / "evaluated" / "diffusion" / "checkpoint-3" / "trainer_state.json").read_text())
+    evaluated = [entry for entry in log["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 3]
+    assert evaluated[0]["eval_loss_se_text"] > 0
 
 
 def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(pictures, tmp_path, capsys):

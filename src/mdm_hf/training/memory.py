@@ -249,7 +249,7 @@ def estimate_training(
         for n, batch in batches.items():
             measured[blocks, n] = _probe(model, batch, autocast)
         del model
-    blocks, peaks = config.num_hidden_layers, {key: peak for key, (peak, _) in measured.items()}
+    blocks, peaks = config.num_hidden_layers, {key: float(peak) for key, (peak, _) in measured.items()}
     return TrainingEstimate(
         parameters=sum(n for n, _, _ in sizes),
         trainable=sum(n for n, _ in trained),

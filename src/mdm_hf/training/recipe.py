@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 
 STAGES = ("tokenizer", "vae", "diffusion", "instruct")
-TOP = ("output_dir", "seed", "model", "processor", "data", "stages", "generation")
+TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
 MODEL = ("preset", "from", "config", "pixel_autoencoder")
 PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
     "max_new_tokens",
@@ -66,6 +66,8 @@ def load_recipe(path: str | Path, changes: list[str] | tuple[str, ...] = ()) -> 
         raise ValueError(f"Got recipe {path} with {type(recipe).__name__} at its top; need keys: {', '.join(TOP)}.")
     for change in changes:
         _apply(recipe, change)
+    if isinstance(recipe.get("stages"), dict):  # "stages.vae=" takes a stage away
+        recipe["stages"] = {name: stage for name, stage in recipe["stages"].items() if stage is not None}
     check_recipe(recipe)
     return recipe
 
@@ -119,9 +121,10 @@ def check_recipe(recipe: dict) -> None:
             "Got a 'processor' to build without a tokenizer stage, or that stage with a finished processor; need "
             "both or neither; name a folder as 'processor', or give stages.tokenizer.vocab_size."
         )
-    for name, source in recipe["data"].items():
-        if not isinstance(source, dict) or "path" not in source:
-            raise ValueError(f"Got data.{name}: {source!r}; need at least a 'path'; see docs/data.md.")
+    for where in ("data", "eval_data"):
+        for name, source in (recipe.get(where) or {}).items():
+            if not isinstance(source, dict) or "path" not in source:
+                raise ValueError(f"Got {where}.{name}: {source!r}; need at least a 'path'; see docs/data.md.")
     fields = {field.name for field in dataclasses.fields(TrainingArguments)} - OURS
     for name, stage in stages.items():
         if not isinstance(stage, dict):

@@ -220,11 +220,24 @@ def make_mix(
     return ConversationMix(sources, num_samples=num_samples, **common, **_given(options, "length_groups"))
 
 
+def make_eval_mix(recipe: dict, batch_size: int, processor: MDMProcessor) -> ConversationMix | None:
+    """The recipe's examples to evaluate on, `eval_samples` of them, the same each time; None if it has none."""
+    data = recipe.get("eval_data")
+    if not data:
+        return None
+    weights = {name: float(options.get("weight", 1.0)) for name, options in data.items()}
+    number = recipe.get("eval_samples", 256)
+    return ConversationMix(make_sources(data, processor), number, batch_size, recipe.get("seed", 0), weights)
+
+
 def make_arguments(recipe: dict, name: str, folder: Path) -> TrainingArguments:
     """A stage's TrainingArguments."""
     options = {k: v for k, v in stage_options(recipe, name).items() if k not in OF_STAGE}
     if "report_to" not in options:
         options["report_to"] = "tensorboard" if is_tensorboard_available() else "none"
+    if recipe.get("eval_data"):
+        evaluation = {"eval_strategy": "steps", "eval_steps": options["save_steps"], "prediction_loss_only": True}
+        options = evaluation | options
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         options = {"use_cpu": True} | options
     return TrainingArguments(
@@ -271,6 +284,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=mix,
+        eval_dataset=make_eval_mix(recipe, arguments.per_device_eval_batch_size, processor),
         data_collator=ConversationCollator(processor),
         callbacks=[ema, SampleGridCallback(draw, ema, options["sample_every"])],
     )
