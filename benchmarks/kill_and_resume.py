@@ -3,8 +3,8 @@
 What has to hold, or this ends with an error: after every kill each checkpoint is whole and loads, and the run that
 was killed ends in the same weights, averages and optimiser states, bit for bit, as one that never was.
 
-A kill comes a random time after a random checkpoint appears; every step saves, and the count says how many kills fell in
-a save.
+A kill comes a random time after a random checkpoint appears; every step saves, and the count says how many kills fell
+in a save.
 
     python benchmarks/kill_and_resume.py --small
     python benchmarks/kill_and_resume.py --kills 10 --output docs/kill_and_resume.json

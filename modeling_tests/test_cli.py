@@ -70,6 +70,14 @@ def test_training_for_no_whole_number_of_steps_is_refused(given, capsys):
     assert "need a whole number of at least 1" in error
 
 
+def test_changes_of_a_recipe_may_stand_after_a_flag(capsys):
+    assert main(["train", "recipes/digits.yaml", "--resume", "stages.diffusion.max_steps=0"]) == 2
+    assert "Got stages.diffusion.max_steps 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "recipes/digits.yaml", "--resum", "--no-such=3"])
+    assert "unrecognized arguments: --no-such=3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["", "model_cards/mdm-digits", "/no/such/folder", "./none"])
 def test_a_model_folder_that_is_not_there_is_named(model, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

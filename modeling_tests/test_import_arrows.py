@@ -87,12 +87,13 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "measures": set(),
     "latent_cache": set(),
     "tokenizer": set(),
-    "recipe": set(),
+    "recipe": {"records"},
     "memory": set(),
     "trainer": {"measures"},
     "pictures": {"mix"},
-    "stages": {"records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe", "trainer", "pictures"},
-    "dry_run": {"memory", "recipe", "trainer", "pictures", "stages"},
+    "assembly": {"records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe"},
+    "stages": {"recipe", "assembly", "trainer", "pictures"},
+    "dry_run": {"memory", "recipe", "trainer", "pictures", "assembly"},
 }
 NEEDS_NO_MODEL = {"records", "adapters", "readers", "mix", "digits"}  # a DataLoader's worker imports these
 

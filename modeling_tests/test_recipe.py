@@ -89,11 +89,44 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.tokenizer.vocab_size=300", "need both or neither; name a folder as 'processor'"),
         ("processor={patch_size: 2}", "need both or neither; name a folder as 'processor'"),
         ("data.digits=x", "Got data.digits: 'x'; need at least a 'path'"),
+        ("data.digits.path=3", "need at least a 'path'"),
+        ("data.digits.weight=heavy", "Got data.digits.weight 'heavy'; need a number"),
+        ("data.digits.tasks=[text_to_image]", "need weights by the names of tasks"),
+        ("seed=1.5", "Got seed 1.5; need a whole number"),
+        ("output_dir=3", "Got output_dir 3; need a folder's name"),
+        ("generation=3", "Got generation 3; need keys under it"),
+        ("model.config=3", "Got model.config 3; need keys under it"),
+        ("model.config.hidden_sizee=3", "Got the key 'hidden_sizee' in model.config"),
+        ("model.config.vae_config.latent=3", "did you mean 'latent_size'?"),
+        ("stages.diffusion.learning_rate=fast", "Got stages.diffusion.learning_rate 'fast'; need a number"),
+        ("stages.diffusion.sample_every=0", "Got stages.diffusion.sample_every 0; need a whole number of at least 1"),
+        ("stages.diffusion.per_device_train_batch_size=0", "need a whole number of at least 1"),
+        ("stages.diffusion.ema_decay=2", "Got stages.diffusion.ema_decay 2; need a number from 0 to below 1"),
+        ("stages.diffusion.ema_decay=high", "Got stages.diffusion.ema_decay 'high'"),
+        ("stages.diffusion.task_starts.image_and_text=5", "image_and_text 5; need a share of the run, from 0 to 1"),
+        ("stages.diffusion.task_starts.image_and_words=0", "did you mean 'image_and_text'?"),
+        ("stages.diffusion.data=digits", "need a list of the names of sources"),
+        ("stages.diffusion.data=[]", "Got stages.diffusion.data with nothing"),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused_with_what_to_do(tmp_path, change, message):
     with pytest.raises(ValueError, match="^Got ") as error:
         load_recipe(written(tmp_path, SMALL), [change])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("processor.image_size=32", "Got processor.image_size 32; need [height, width] in pixels"),
+        ("processor.patch_size=", "Got processor.patch_size None; need a whole number"),
+        ("processor.patchsize=4", "did you mean 'patch_size'?"),
+        ("stages.tokenizer.vocab_size=0", "Got stages.tokenizer.vocab_size 0"),
+    ],
+)
+def test_a_processor_that_cannot_be_built_is_refused(change, message):
+    with pytest.raises(ValueError, match="^Got ") as error:
+        load_recipe(ROOT / "recipes" / "folder.yaml", [change])
     assert message in str(error.value)
 
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,10 @@ from transformers.utils import logging
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
+from mdm_hf.training.assembly import make_mix, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
-from mdm_hf.training.stages import make_mix, make_processor, run_recipe
+from mdm_hf.training.stages import run_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +104,73 @@ def test_resuming_leaves_finished_stages_alone_and_goes_on_where_more_steps_are_
     assert (again / "diffusion" / "checkpoint-5").is_dir()
     after = load_file(again / "final" / "model.safetensors")
     assert any(not torch.equal(before[k], v) for k, v in after.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed=1", "Got seed 1 to resume a run with 0; need the same"),
+        ("model.config.num_hidden_layers=2", "to resume a run with {'preset'"),
+        (
+            "stages.vae.max_steps=9",
+            "Got stages.vae.max_steps 9, more than made the model that stage diffusion",
+        ),
+    ],
+)
+def test_resuming_another_recipe_is_refused_and_the_old_one_kept(pictures, run, change, message):
+    kept = (run / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match="Got ") as error:
+        run_recipe(recipe(pictures, run, change), resume=True)
+    assert message in str(error.value)
+    assert (run / "recipe.yaml").read_text() == kept
+
+
+def test_a_model_of_another_tokenizer_is_refused(pictures, run, tmp_path):
+    from_run = [f"model={{from: {run / 'final'}}}", "stages.tokenizer=", "stages.vae="]
+    digits = f"processor={ROOT / 'model_cards' / 'mdm-digits'}"
+    with pytest.raises(ValueError, match="Got the model .* tokens and a processor with 384; need one made for the"):
+        run_recipe(recipe(pictures, tmp_path / "run", *from_run, digits))
+    renamed = tmp_path / "renamed"
+    shutil.copytree(run / "processor", renamed)
+    text = (renamed / "tokenizer.json").read_text()
+    (renamed / "tokenizer.json").write_text(
+        text.replace('"▁a"', '"▁aa"').replace('"a"', '"▁a"').replace('"▁aa"', '"a"')
+    )
+    with pytest.raises(ValueError, match="whose tokenizer has as many tokens as the processor's, but others"):
+        run_recipe(recipe(pictures, tmp_path / "run", *from_run, f"processor={renamed}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_beyond_the_limit_does_not_widen_every_canvas(pictures, tmp_path):
+    long = tmp_path / "long"
+    shutil.copytree(pictures, long)
+    lines = (long / "metadata.csv").read_text().replace("0.png,a picture of colours", "0.png," + "long words " * 400)
+    (long / "metadata.csv").write_text(lines)
+    assert make_processor(recipe(long, tmp_path / "run")).max_new_tokens < 100
+
+
+def test_data_without_texts_says_what_its_first_row_lacks(pictures, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(pictures, bare)
+    (bare / "metadata.csv").write_text(
+        (bare / "metadata.csv").read_text().replace("file_name,text", "file_name,about")
+    )
+    with pytest.raises(ValueError, match="Got no text .* the first row of pictures: Got a row with the fields about"):
+        run_recipe(recipe(bare, tmp_path / "run"))
+
+
+def test_two_processes_of_the_command_line_build_one_tokenizer_and_one_model(pictures, tmp_path):
+    changes = [*TINY, f"data.pictures.path={pictures}", f"output_dir={tmp_path / 'run'}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "mdm_hf.cli", "train", str(FOLDER_RECIPE), *changes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote ") == done.stdout.count("Built a tokenizer of ") == 1
+    assert MDMPipeline.from_pretrained(tmp_path / "run" / "final", device="cpu")(generate="text", seed=0)
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert refused.returncode != 0
+    assert "which holds final of an earlier run" in refused.stderr
 
 
 def test_bad_rows_are_counted_by_kind_and_refused_where_the_recipe_says_so(pictures, run):
@@ -219,14 +290,18 @@ def test_a_dry_run_takes_the_longest_rows_of_the_data_once_there_is_a_processor(
         ("data.pictures.adapter=", "Got data.pictures without 'adapter'; need it"),
         ("data.pictures.adaptor=captions", "Got data.pictures with the key 'adaptor'; need among"),
         ("model.preset=mdm-huge", "Got model.preset 'mdm-huge'; need one of mdm-digits"),
+        ("stages.diffusion.fsdp=true", "Got stages.diffusion.fsdp on one process; need several"),
+        ("stages.diffusion.report_to=nonsense", "Got stages.diffusion.report_to"),
+        ("generation.guidance_scale=-3", "guidance_scale"),
         ("data.more={path: digits, tasks: {class_to_image: 1}}", "need all of one kind; set `streaming` alike"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_any_step(pictures, tmp_path, change, message, run):
     streaming = ["data.pictures.streaming=true"] if "more" in change else []
-    with pytest.raises(ValueError, match="Got ") as error:
+    with pytest.raises(ValueError, match="Got |must be") as error:
         run_recipe(recipe(pictures, tmp_path / "run", *streaming, change))
     assert message in str(error.value)
+    assert not (tmp_path / "run").exists() or "adapter" not in change
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
 
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
@@ -13,7 +16,11 @@ MODEL_HELP = "folder or Hub repository (default: %(default)s)"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
+    if more and not (options.command == "train" and all("=" in one and one[0] != "-" for one in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value that stands after a flag
+        options.changes += more
     try:
         if "model" in options:
             _check_model(options.model)
@@ -22,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         ValueError,
         OSError,
         FloatingPointError,
+        ImportError,
+        StrictDataclassError,
     ) as error:  # bad input: the message says what to do, a traceback would hide it
         if options.debug:
             raise
@@ -211,7 +220,8 @@ def _train(options) -> None:
             print(f"{name}\n{estimate}")
         return
     folder = run_recipe(recipe, resume=options.resume)
-    print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
 
 
 def _cache_latents(options) -> None:

@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig, MDMVAEConfig
 from ..processing_mdm import MDMProcessor
+from .assembly import IMAGE_SIZE, freeze, make_arguments, make_config, make_mix, make_processor
 from .memory import TrainingEstimate, estimate_training, largest_batch
 from .pictures import LOOK_AT, some_examples
 from .recipe import STAGES, stage_options
-from .stages import IMAGE_SIZE, freeze, make_arguments, make_config, make_mix, make_processor
 from .trainer import ConversationCollator
 
 

@@ -23,6 +23,9 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ..configuration_mdm import MDMConfig, MDMVAEConfig
+from .records import TASKS
+
 
 STAGES = ("tokenizer", "vae", "diffusion", "instruct")
 TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
@@ -106,16 +109,24 @@ def check_recipe(recipe: dict) -> None:
     for name in ("model", "data", "stages"):
         if not isinstance(recipe[name], dict):
             raise ValueError(f"Got {name}: {recipe[name]!r}; need keys under it; {MISSING[name]}.")
+    _typed("seed", recipe.get("seed", 0), int, "a whole number")
+    _typed("output_dir", recipe["output_dir"], str, "a folder's name")
+    _typed("eval_samples", recipe.get("eval_samples", 1), int, "a whole number of at least 1", least=1)
+    _typed("generation", recipe.get("generation") or {}, dict, "keys under it")
     model, stages = recipe["model"], recipe["stages"]
     _known("model", model, MODEL)
     if ("preset" in model) == ("from" in model):
         raise ValueError(
             "Got a model with both or neither of 'preset' and 'from'; need one: a size to start afresh, or a folder."
         )
+    config = _typed("model.config", model.get("config") or {}, dict, "keys under it")
+    _known("model.config", config, list(MDMConfig.__dataclass_fields__))
+    vae_config = _typed("model.config.vae_config", config.get("vae_config", {}), dict, "keys under it")
+    _known("model.config.vae_config", vae_config, list(MDMVAEConfig.__dataclass_fields__))
     _known("stages", stages, STAGES)
     builds = isinstance(recipe["processor"], dict)
     if builds:
-        _known("processor", recipe["processor"], PROCESSOR)
+        _check_processor(recipe["processor"])
     if builds != ("tokenizer" in stages):
         raise ValueError(
             "Got a 'processor' to build without a tokenizer stage, or that stage with a finished processor; need "
@@ -123,24 +134,60 @@ def check_recipe(recipe: dict) -> None:
         )
     for where in ("data", "eval_data"):
         for name, source in (recipe.get(where) or {}).items():
-            if not isinstance(source, dict) or "path" not in source:
+            if not isinstance(source, dict) or not isinstance(source.get("path"), str):
                 raise ValueError(f"Got {where}.{name}: {source!r}; need at least a 'path'; see docs/data.md.")
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)} - OURS
+            _typed(f"{where}.{name}.weight", source.get("weight", 1.0), (int, float), "a number")
+            _typed(f"{where}.{name}.tasks", source.get("tasks", {}), dict, "weights by the names of tasks")
     for name, stage in stages.items():
-        if not isinstance(stage, dict):
-            raise ValueError(f"Got stages.{name}: {stage!r}; need keys under it, max_steps first of all.")
-        _known(f"stages.{name}", stage, TOKENIZER if name == "tokenizer" else (*OF_STAGE, *sorted(fields)))
-        needed = "vocab_size" if name == "tokenizer" else "max_steps"
-        if not isinstance(stage.get(needed), int) or stage[needed] < 1:
-            raise ValueError(f"Got stages.{name}.{needed} {stage.get(needed)!r}; need a whole number of at least 1.")
-        if stage.get("freeze") not in (None, *FREEZE):
-            raise ValueError(f"Got stages.{name}.freeze {stage['freeze']!r}; need 'vae', or leave it out.")
-        if unknown := sorted(set(stage.get("data", ())) - set(recipe["data"])):
-            raise ValueError(
-                f"Got stages.{name}.data with {', '.join(unknown)}; the recipe has {', '.join(recipe['data'])}."
-            )
+        _check_stage(name, stage, recipe["data"])
     if set(stages) == {"tokenizer"}:
         raise ValueError("Got a recipe with a tokenizer stage alone; need one that trains the model too.")
+
+
+def _check_processor(spec: dict) -> None:
+    _known("processor", spec, PROCESSOR)
+    size = spec.get("image_size", [1, 1])
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise ValueError(f"Got processor.image_size {size!r}; need [height, width] in pixels.")
+    for name in ("patch_size", "num_channels", "downsampling", "max_new_tokens"):
+        if name in spec or name == "patch_size":
+            _typed(f"processor.{name}", spec.get(name), int, "a whole number of at least 1", least=1)
+
+
+def _check_stage(name: str, stage: Any, data: dict) -> None:
+    where = f"stages.{name}"
+    _typed(where, stage, dict, "keys under it, max_steps first of all")
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.name not in OURS}
+    _known(where, stage, TOKENIZER if name == "tokenizer" else (*OF_STAGE, *sorted(fields)))
+    needed = "vocab_size" if name == "tokenizer" else "max_steps"
+    for key in (needed, "max_texts", "sample_every", "length_groups", "shuffle_buffer", "per_device_train_batch_size"):
+        if key in stage or key == needed:
+            _typed(f"{where}.{key}", stage.get(key), int, "a whole number of at least 1", least=1)
+    for key, value in stage.items():
+        default = fields[key].default if key in fields else None
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            _typed(f"{where}.{key}", value, (int, float), "a number")
+    decay = _typed(f"{where}.ema_decay", stage.get("ema_decay", 0), (int, float), "a number from 0 to below 1")
+    if not 0 <= decay < 1:
+        raise ValueError(f"Got {where}.ema_decay {decay}; need a number from 0 to below 1, such as 0.999.")
+    if stage.get("freeze") not in (None, *FREEZE):
+        raise ValueError(f"Got {where}.freeze {stage['freeze']!r}; need 'vae', or leave it out.")
+    starts = _typed(f"{where}.task_starts", stage.get("task_starts") or {}, dict, "shares of the run by task")
+    _known(f"{where}.task_starts", starts, TASKS)
+    for task, share in starts.items():
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"Got {where}.task_starts.{task} {share!r}; need a share of the run, from 0 to 1.")
+    names = _typed(f"{where}.data", stage.get("data", list(data)), list, "a list of the names of sources")
+    if unknown := sorted(set(names) - set(data)) or not names:
+        got = "nothing" if unknown is True else ", ".join(unknown)
+        raise ValueError(f"Got {where}.data with {got}; the recipe has {', '.join(data)}.")
+
+
+def _typed(where: str, value: Any, kinds, words: str, least: int | None = None) -> Any:
+    is_wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not dict)
+    if is_wrong or (least is not None and value < least):
+        raise ValueError(f"Got {where} {value!r}; need {words}.")
+    return value
 
 
 MISSING = {

@@ -6,44 +6,40 @@ output_dir/STAGE/        checkpoint-*, samples/step-*.png, and final/ with what 
 output_dir/final/        what the last stage made, ready for the Hub
 """
 
-import copy
-import inspect
 import shutil
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
-from PIL import Image
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..configuration_mdm import MDM_PRESETS, MDMConfig
+from ..configuration_mdm import MDMConfig
 from ..generation_mdm import MDMGenerationConfig
-from ..image_processing_mdm import MDMImageProcessorPil
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
-from .digits import DigitsSource
-from .latent_cache import LatentCache
-from .mix import ConversationMix, StreamingMix
+from .assembly import (
+    freeze,
+    make_arguments,
+    make_config,
+    make_eval_mix,
+    make_mix,
+    make_model,
+    make_processor,
+    make_sources,
+)
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
-from .readers import read_source
-from .recipe import OF_STAGE, STAGES, stage_options
-from .records import with_images
-from .tokenizer import build_tokenizer
+from .recipe import STAGES, stage_options
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
 
 
 logger = logging.get_logger(__name__)
-
-IMAGE_SIZE = (32, 32)
-LOAD_OPTIONS = ("cache_dir", "data_dir", "field", "num_proc", "token", "verification_mode")  # of `load_dataset`
-DIGITS = "digits"  # the path of scikit-learn's, which are no file
 
 
 def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -> Path:
@@ -65,20 +61,14 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
     keep_freed_memory()
     root = Path(recipe["output_dir"])
     names = [name for name in STAGES if name in recipe["stages"]]
-    used = [p for p in (root / "final", root / "processor", *(root / name for name in names)) if p.exists()]
-    if used and not resume:
-        raise ValueError(
-            f"Got output_dir {root}, which holds {used[0].name} of an earlier run; need a new folder, or --resume to "
-            "go on with that run."
-        )
+    training = [name for name in names if name != "tokenizer"]
+    for name in training:  # with several processes, this is where they meet
+        check_arguments(name, make_arguments(recipe, name, root / name))
     set_seed(recipe.get("seed", 0))
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    on_main_process(partial(_prepare, recipe, root, names, resume))
     processor = make_processor(recipe)
     previous = recipe["model"].get("from")
-    for name in names:
-        if name == "tokenizer":
-            continue
+    for name in training:
         folder = root / name
         target = root / "final" if name == names[-1] else folder / "final"
         if _is_finished(target, folder, recipe["stages"][name]["max_steps"]):
@@ -90,173 +80,119 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
     return root / "final"
 
 
+def on_main_process(work: Callable[[], None]) -> None:
+    """Runs `work` on the main process, while the others wait; what it raises, all of them raise."""
+    state, error = PartialState(), None
+    if state.is_main_process:
+        try:
+            work()
+        except (ValueError, OSError) as raised:
+            error = raised
+    messages = [None if error is None else str(error)]
+    if state.num_processes > 1:
+        broadcast_object_list(messages)
+    if error is not None:
+        raise error
+    if messages[0] is not None:
+        raise ValueError(messages[0])
+
+
+def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
+    """Refuses what would fail later on, then writes the recipe down and builds the processor."""
+    used = [p for p in (root / "final", root / "processor", *(root / name for name in names)) if p.exists()]
+    if used and not resume:
+        raise ValueError(
+            f"Got output_dir {root}, which holds {used[0].name} of an earlier run; need a new folder, or --resume to "
+            "go on with that run."
+        )
+    try:
+        MDMGenerationConfig(**recipe.get("generation") or {})
+    except TypeError as error:
+        raise ValueError(f"Got generation with values of a wrong kind: {error}.") from error
+    kept = root / "recipe.yaml"
+    if used and kept.is_file():
+        _check_same_run(recipe, yaml.safe_load(kept.read_text(encoding="utf-8")), root, names)
+    if not isinstance(recipe["processor"], dict) or (root / "processor").is_dir():
+        processor = make_processor(recipe)
+        for name in names:
+            if name != "tokenizer":
+                make_mix(recipe, name, 1, 1, processor)
+        make_eval_mix(recipe, 1, processor)
+        if "from" in recipe["model"]:
+            check_fits(recipe["model"]["from"], processor)
+        else:
+            make_config(recipe, processor)
+    else:
+        make_sources(recipe["data"])
+        make_sources(recipe.get("eval_data") or {})
+    root.mkdir(parents=True, exist_ok=True)
+    kept.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    make_processor(recipe)
+
+
+def _check_same_run(recipe: dict, former: dict, root: Path, names: list[str]) -> None:
+    """Raises ValueError where `recipe` does not go on with the run that `former` began."""
+    for key in ("seed", "model", "processor"):
+        if recipe.get(key) != former.get(key):
+            raise ValueError(
+                f"Got {key} {recipe.get(key)!r} to resume a run with {former.get(key)!r}; need the same; start "
+                "another run with another output_dir."
+            )
+    training = [name for name in names if name != "tokenizer"]
+    for i, name in enumerate(training[:-1]):
+        later = [one for one in training[i + 1 :] if (root / one).is_dir()]
+        steps = recipe["stages"][name]["max_steps"]
+        if later and not _is_finished(root / name / "final", root / name, steps):
+            raise ValueError(
+                f"Got stages.{name}.max_steps {steps}, more than made the model that stage {later[0]} started from; "
+                "need as many as before; start another run with another output_dir."
+            )
+
+
+def check_arguments(name: str, arguments: TrainingArguments) -> None:
+    """Raises ValueError for what the Trainer would refuse only once the stage begins."""
+    try:
+        get_reporting_integration_callbacks(arguments.report_to)
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"Got stages.{name}.report_to {arguments.report_to}: {error}") from error
+    if arguments.fsdp and arguments.world_size == 1:
+        raise ValueError(
+            f"Got stages.{name}.fsdp on one process; need several to shard over; start with torchrun "
+            "--nproc_per_node N -m mdm_hf.cli train ..., or leave it out."
+        )
+
+
+def check_fits(previous: str | Path, processor: MDMProcessor) -> None:
+    """Raises ValueError for a model that was made with another processor."""
+    config = MDMConfig.from_pretrained(previous)
+    images = processor.image_processor
+    facts = {
+        "tokens": (config.vocab_size, len(processor.tokenizer)),
+        "pixels a patch side": (config.pixel_patch_size, images.patch_size),
+        "channels": (config.image_channels, images.num_channels),
+    }
+    for name, (of_model, of_processor) in facts.items():
+        if of_model != of_processor:
+            raise ValueError(
+                f"Got the model {previous} with {of_model} {name} and a processor with {of_processor}; need one made "
+                "for the other; name the model's own folder as 'processor'."
+            )
+    try:
+        own = MDMProcessor.from_pretrained(previous)
+    except (ValueError, OSError):  # weights alone
+        logger.warning(f"{previous} has no processor of its own: whether its tokens are these is not known.")
+        return
+    if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"Got the model {previous}, whose tokenizer has as many tokens as the processor's, but others; need the "
+            "same; name the model's own folder as 'processor'."
+        )
+
+
 def _is_finished(target: Path, folder: Path, max_steps: int) -> bool:
     """The stage has made its model, and not after fewer steps than the recipe asks for by now."""
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     return target.is_dir() and (last is None or int(last.rpartition("-")[2]) >= max_steps)
-
-
-def make_processor(recipe: dict) -> MDMProcessor:
-    """The recipe's processor: loaded, or built from the texts of its data by the tokenizer stage and kept."""
-    spec = recipe["processor"]
-    if not isinstance(spec, dict):
-        return MDMProcessor.from_pretrained(spec)
-    folder = Path(recipe["output_dir"]) / "processor"
-    if not folder.is_dir():
-        stage = recipe["stages"]["tokenizer"]
-        texts = list(islice(_texts(recipe), stage.get("max_texts", 1_000_000)))
-        if not texts:
-            raise ValueError("Got no text in the recipe's data to build a tokenizer from; need captions or messages.")
-        unfinished = folder.with_name(".unfinished-processor")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer = build_tokenizer(texts, stage["vocab_size"], unfinished, is_size_exact=False)
-        options = dict(spec)
-        height, width = options.pop("image_size", IMAGE_SIZE)
-        kept = {name: options.pop(name) for name in ("max_new_tokens", "num_classes") if name in options}
-        if "max_new_tokens" not in kept:  # room for the longest of what was read, and its end
-            kept["max_new_tokens"] = max(len(ids) for ids in tokenizer(texts)["input_ids"]) + 1
-        image_processor = MDMImageProcessorPil(size={"height": height, "width": width}, **options)
-        MDMProcessor(image_processor, tokenizer, **kept).save_pretrained(unfinished)
-        unfinished.rename(folder)
-    return MDMProcessor.from_pretrained(folder)
-
-
-def _texts(recipe: dict) -> Iterator[str]:
-    """Every text of one pass over the data; rows without one, or bad ones, are met again, and counted, in training."""
-    for source in make_sources(recipe["data"]).values():
-        yield from source.texts()
-
-
-def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | None) -> MDMForMultiModalGeneration:
-    """The model of `previous`, or a new one whose vocabulary and patches are the processor's."""
-    changes = copy.deepcopy(recipe["model"].get("config") or {})
-    if previous is not None:
-        return MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, **changes)
-    model = MDMForMultiModalGeneration(make_config(recipe, processor))
-    return model if model.config.pixel_autoencoder is None else model.load_pixel_autoencoder()
-
-
-def make_config(recipe: dict, processor: MDMProcessor | None) -> MDMConfig:
-    """The configuration of a new model: preset, what the processor decides, what the recipe changes.
-
-    Without a processor, which its tokenizer stage is still to build, what the recipe says of it decides.
-    """
-    autoencoder = recipe["model"].get("pixel_autoencoder")
-    name, changes = recipe["model"]["preset"], copy.deepcopy(recipe["model"].get("config") or {})
-    if name not in MDM_PRESETS:
-        raise ValueError(f"Got model.preset {name!r}; need one of {', '.join(MDM_PRESETS)}.")
-    if processor is None:
-        spec = recipe["processor"]
-        images = {"num_channels": spec.get("num_channels", 3), "patch_size": spec["patch_size"]}
-        vocab_size, num_classes = recipe["stages"]["tokenizer"]["vocab_size"], spec.get("num_classes")
-    else:
-        images = {"num_channels": processor.image_processor.num_channels, "patch_size": processor.patch_size}
-        vocab_size, num_classes = len(processor.tokenizer), processor.num_classes
-    decided = {"vocab_size": vocab_size} | ({} if autoencoder else images)
-    vae = MDM_PRESETS[name]["vae_config"] | decided | changes.pop("vae_config", {})
-    classes = {} if num_classes is None else {"num_classes": num_classes}
-    config = MDMConfig.from_preset(name, **(classes | changes | {"vae_config": vae}))
-    if not autoencoder:
-        return config
-    config = config.with_pixel_autoencoder(**autoencoder)
-    if images["patch_size"] != config.pixel_patch_size:
-        raise ValueError(
-            f"Got processor.patch_size {images['patch_size']} for an autoencoder with {config.pixel_downsampling} "
-            f"pixels a latent and patches of {config.vae_config.patch_size} latents; need {config.pixel_patch_size}."
-        )
-    return config
-
-
-def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -> dict[str, Any]:
-    """The sources of a recipe's `data`, by name; what `processor` could not encode is a bad row of theirs."""
-    sources: dict[str, Any] = {}
-    for name, options in data.items():
-        is_digits = options["path"] == DIGITS
-        source = DigitsSource if is_digits else read_source
-        known = {*inspect.signature(source).parameters, *(("path",) if is_digits else LOAD_OPTIONS), "weight"}
-        needed = ("tasks",) if is_digits else ("adapter",)
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"Got data.{name} with the key {unknown[0]!r}; need among {', '.join(sorted(known))}.")
-        if missing := [key for key in needed if not options.get(key)]:
-            raise ValueError(f"Got data.{name} without {missing[0]!r}; need it; see docs/data.md.")
-        options = {key: value for key, value in options.items() if key not in ("weight", *(("path",) * is_digits))}
-        if is_digits:
-            sources[name] = DigitsSource(**({"split": "train"} | options))
-        else:
-            if processor is not None:
-                options["check"] = text_check(processor)
-                if options.get("latents"):
-                    options["latents"] = LatentCache(options["latents"], image_processor=processor.image_processor)
-            sources[name] = read_source(**options)
-    return sources
-
-
-def text_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:
-    """Raises ValueError for messages whose texts the processor refuses: too long, or with control tokens."""
-    side = processor.patch_size
-    blank = Image.new("RGB", (side, side))
-
-    def check(messages: list[dict]) -> None:
-        processor.apply_chat_template(with_images({"messages": messages}, lambda image: blank)["messages"])
-
-    return check
-
-
-def make_mix(
-    recipe: dict, name: str, num_samples: int, batch_size: int, processor: MDMProcessor
-) -> ConversationMix | StreamingMix:
-    """The training examples of a stage."""
-    options = stage_options(recipe, name)
-    data = options["data"]
-    sources = make_sources(data, processor)
-    weights = {source: float(data[source].get("weight", 1.0)) for source in data}
-    starts = {task: int(share * num_samples) for task, share in (options.get("task_starts") or {}).items()}
-    common = {"batch_size": batch_size, "seed": recipe.get("seed", 0), "weights": weights, "task_starts": starts}
-    streaming = [source.is_streaming for source in sources.values()]
-    if all(streaming):
-        return StreamingMix(sources, **common, **_given(options, "shuffle_buffer"))
-    if any(streaming):
-        raise ValueError("Got both streaming and other sources; need all of one kind; set `streaming` alike.")
-    return ConversationMix(sources, num_samples=num_samples, **common, **_given(options, "length_groups"))
-
-
-def make_eval_mix(recipe: dict, batch_size: int, processor: MDMProcessor) -> ConversationMix | None:
-    """The recipe's examples to evaluate on, `eval_samples` of them, the same each time; None if it has none."""
-    data = recipe.get("eval_data")
-    if not data:
-        return None
-    weights = {name: float(options.get("weight", 1.0)) for name, options in data.items()}
-    number = recipe.get("eval_samples", 256)
-    return ConversationMix(make_sources(data, processor), number, batch_size, recipe.get("seed", 0), weights)
-
-
-def make_arguments(recipe: dict, name: str, folder: Path) -> TrainingArguments:
-    """A stage's TrainingArguments."""
-    options = {k: v for k, v in stage_options(recipe, name).items() if k not in OF_STAGE}
-    if "report_to" not in options:
-        options["report_to"] = "tensorboard" if is_tensorboard_available() else "none"
-    if recipe.get("eval_data"):
-        evaluation = {"eval_strategy": "steps", "eval_steps": options["save_steps"], "prediction_loss_only": True}
-        options = evaluation | options
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        options = {"use_cpu": True} | options
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=recipe.get("seed", 0),
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",  # the mix draws at random itself: a resumed run sees the same data
-        **options,
-    )
-
-
-def freeze(model: MDMForMultiModalGeneration, name: str, options: dict) -> MDMForMultiModalGeneration:
-    """Leaves to train what a stage trains: the VAE alone, all, or all but the VAE."""
-    if name == "vae":
-        model.requires_grad_(False)
-        model.model.vae.requires_grad_(True)
-    elif options.get("freeze") == "vae":
-        model.model.vae.requires_grad_(False)
-    return model
 
 
 def _train(
@@ -309,7 +245,3 @@ def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: 
     if folder.is_dir():
         shutil.rmtree(folder)
     unfinished.rename(folder)
-
-
-def _given(options: dict, *names: str) -> dict:
-    return {name: options[name] for name in names if name in options}
