@@ -9,9 +9,10 @@ TORCHAO := $(VENV)/torchao
 # The oldest transformers that pyproject.toml admits, and an environment with it; else pinned as the other one.
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 OLDEST_VENV ?= .venv-oldest
-# Tests of what does not know transformers: the operations, the data, the house. One version's run is enough for them.
-WITHOUT_TRANSFORMERS := benchmarks causal_conv custom_ops digits_data fused_scan import_arrows noise_schedule \
-	scan_switch score_entropy ssd ssd_kernels training_data_readers training_data_records
+# Tests that one version's run is enough for: they know nothing of transformers, or what other files test with it.
+ONCE := benchmarks causal_conv custom_ops digits_data evaluation fused_scan import_arrows latent_cache memory \
+	noise_schedule pixels_to_pictures scan_switch score_entropy ssd ssd_kernels training_data_mix \
+	training_data_readers training_data_records
 # The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
 TRITON ?= triton==3.7.1
 
@@ -72,7 +73,7 @@ test: $(INSTALLED) $(TORCHAO)
 
 test-oldest: $(OLDEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --durations=10 \
-		$(WITHOUT_TRANSFORMERS:%=--ignore=modeling_tests/test_%.py)
+		$(ONCE:%=--ignore=modeling_tests/test_%.py) -k "not examples_run and not killed_at_any_moment"
 
 # Which huggingface-hub it needs, transformers itself says.
 $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt
