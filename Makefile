@@ -69,10 +69,10 @@ test: $(INSTALLED) $(TORCHAO)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10
 
 test-oldest: $(OLDEST_VENV)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --durations=10 \
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10 \
 		$(ONCE:%=--ignore=modeling_tests/test_%.py) -k "not examples_run and not killed_at_any_moment"
 
 # Which huggingface-hub it needs, transformers itself says.
