@@ -2,7 +2,7 @@
 
 Weights, gradients, optimiser states and the average are counted. What a step holds beside them, activations and
 scratch, is measured on two models cut to one and to two blocks, at the batch's own shape or two smaller ones, and is
-linear in blocks and rows. Nothing of the full model is built, so 7B parameters are estimated on a laptop.
+linear in blocks and rows. The full model is never built.
 """
 
 import copy
