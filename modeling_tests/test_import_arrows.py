@@ -35,7 +35,7 @@ OPS = {
 }
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
-MODELS = {"modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm"}
+MODELS = {"modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention", "modeling_mdm"}
 PROCESSING = {"image_processing_mdm", "conversations", "processing_mdm", "processing_options"}
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
@@ -61,10 +61,12 @@ ARROWS: dict[str, set[str]] = {
     | {"checkpoints", "solvers"},  # called on self, so it never names the model
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
+    "modeling_mdm_attention": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
     "modeling_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "pixel_autoencoder"},
+    | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention"}
+    | {"pixel_autoencoder"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "conversations": set(),

@@ -67,10 +67,16 @@ class MDMConfig(PreTrainedConfig):
         pixel_autoencoder: A frozen autoencoder of diffusers between pixels and patches, or None: "class_name"
             ("AutoencoderKL" or "VQModel"), "config" (its config.json), and where it is from: "repo_id", "revision",
             "subfolder", "license". `with_pixel_autoencoder` fills it in.
-        hidden_size: Width of the Mamba-2 blocks.
+        backbone: What the blocks are made of: `"mamba"`, or `"transformer"` for attention and a gated MLP in Mamba's
+            place (Table 3's ablation). All else is the same; of the fields of the scans it heeds none, but for the
+            size of its MLP.
+        hidden_size: Width of the blocks.
         num_hidden_layers: Number of blocks.
+        intermediate_size: Width of a Transformer's MLP. By default as wide as gives its block the parameters of the
+            Mamba block that the other fields describe (`mlp_size`).
         state_size: Width N of the SSM state (paper Eq. 10).
-        head_dim: Width of an SSM head; `expand * hidden_size` must be a multiple of it.
+        head_dim: Width of an SSM head, of which `expand * hidden_size` must be a multiple; or of a Transformer's head,
+            of which `hidden_size` must be.
         expand: Inner width of a block in units of `hidden_size`.
         conv_kernel: Taps of the causal convolution.
         chunk_size: Chunk of the SSM scan; chosen by length and device if None.
@@ -114,8 +120,10 @@ class MDMConfig(PreTrainedConfig):
 
     vae_config: dict | PreTrainedConfig | None = None
     pixel_autoencoder: dict | None = None
+    backbone: Literal["mamba", "transformer"] = "mamba"
     hidden_size: int = 1024
     num_hidden_layers: int = 24
+    intermediate_size: int | None = None
     state_size: int = 128
     head_dim: int = 64
     expand: int = 2
@@ -253,6 +261,27 @@ class MDMConfig(PreTrainedConfig):
         return self.inner_size // self.head_dim
 
     @property
+    def num_attention_heads(self) -> int:
+        """Heads of a Transformer's attention; without one, 0."""
+        return self.hidden_size // self.head_dim if self.backbone == "transformer" else 0
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of a Transformer's MLP: `intermediate_size`, or what is left of a Mamba block's parameters.
+
+        It is a multiple of 8 from 512 on; the two blocks' parameters differ by less than 1% from `hidden_size` 32 on.
+        """
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        size, inner, heads, directions = self.hidden_size, self.inner_size, self.num_heads, self.scan_directions[0]
+        channels = inner + 2 * self.state_size
+        mamba = size * (inner + channels + heads) + inner + inner * size  # in_proj, norm, out_proj
+        mamba += directions * (channels * (self.conv_kernel + 1) + 3 * heads)  # convolution; A, D and the bias of dt
+        attention = 4 * size * size + 2 * self.head_dim + size  # its norms, and the MLP's
+        width = (mamba - attention) / (3 * size)
+        return round(width) if width < 512 else 8 * round(width / 8)
+
+    @property
     def control_token_ids(self) -> list[int]:
         """Tokens that frame the latents and are embedded as learned vectors; all others carry latents."""
         return [
@@ -304,6 +333,30 @@ class MDMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`expand * hidden_size` = {self.expand} * {self.hidden_size} is not a multiple of `head_dim` "
                 f"{self.head_dim}; change one of the three."
+            )
+
+    def validate_backbone(self):
+        if self.backbone == "mamba":
+            if self.intermediate_size is not None:
+                raise ValueError(
+                    f"`intermediate_size` is {self.intermediate_size}, but `backbone` 'mamba' has no MLP; leave it "
+                    "out, or choose backbone='transformer'."
+                )
+            return
+        if self.scan_sharing != "shared":
+            raise ValueError(
+                f"`scan_sharing` is {self.scan_sharing!r}, but `backbone` 'transformer' scans nothing; leave it at "
+                "'shared'."
+            )
+        if self.head_dim % 4 or self.hidden_size % self.head_dim:
+            raise ValueError(
+                f"`head_dim` is {self.head_dim}; attention needs a multiple of 4 (pairs for row and column) that "
+                f"divides `hidden_size` {self.hidden_size}; change one of the two."
+            )
+        if self.mlp_size < 1:
+            raise ValueError(
+                f"The MLP's width is {self.mlp_size}; it must be 1 or more: attention alone has the parameters of a "
+                f"Mamba block with `expand` {self.expand}; set `intermediate_size`, or a larger `expand`."
             )
 
     def validate_scan(self):

@@ -26,6 +26,7 @@ from .checkpoints import GENERATION_CONFIG, SOLVER, MDMCheckpointMixin
 from .configuration_mdm import MDMConfig
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
+from .modeling_mdm_attention import MDMAttentionBlock
 from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMMixer, MDMRMSNorm, MDMSelectiveScan
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
@@ -37,7 +38,7 @@ from .score_entropy import (
     image_score_entropy_sampled,
     loss_weight,
 )
-from .sequence_layout import ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
+from .sequence_layout import AttentionPlan, ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
 
 
 LOSS_PARTS = ("loss_rec_image", "loss_rec_text", "loss_kl", "loss_se_image", "loss_se_text")  # of Eq. 18
@@ -151,9 +152,9 @@ class MDMPreTrainedModel(MDMCheckpointMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MDMBlock"]
+    _no_split_modules = ["MDMBlock", "MDMAttentionBlock"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
-    _can_record_outputs = {"hidden_states": MDMBlock}
+    _can_record_outputs = {"hidden_states": [MDMBlock, MDMAttentionBlock]}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -239,7 +240,8 @@ class MDMModel(MDMPreTrainedModel):
         if config.pixel_autoencoder is not None:
             self.pixel_autoencoder = MDMPixelAutoencoder(config.pixel_autoencoder)
         self.embeddings = MDMEmbeddings(config)
-        self.layers = nn.ModuleList(MDMBlock(config) for _ in range(config.num_hidden_layers))
+        block = MDMAttentionBlock if config.backbone == "transformer" else MDMBlock
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         for name in ("image", "text"):
             self.register_buffer(f"{name}_alpha_bar", self.alpha_bar_of(name), persistent=False)
@@ -354,7 +356,7 @@ class MDMModel(MDMPreTrainedModel):
         self,
         latents: Tensor,
         layout: SequenceLayout,
-        plan: ScanPlan,
+        plan: ScanPlan | AttentionPlan,
         timesteps: Tensor,
         class_ids: Tensor | None = None,
         cache: list[MDMConditionCache] | None = None,

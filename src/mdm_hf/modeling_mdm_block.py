@@ -26,18 +26,24 @@ from .ssd import ssd
 
 
 class MDMConditionCache:
-    """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction.
+    """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction; of a
+    Transformer its keys and values.
 
-    Conditions come first in every direction and never see t, so both are the same in every denoising step. Empty at
+    Conditions come first in every direction and never see t, so all are the same in every denoising step. Empty at
     first; one pass over the prefix fills it, and every later pass starts from it and leaves it alone.
 
     Attributes:
         conv: (b, conv_kernel - 1, k, inner_size + 2 state_size).
         ssm: (b, k * heads, head_dim, state_size), fp32.
+        keys, values: (b, heads, l, head_dim).
+        is_real: (b, l, 1), which of them are no padding.
     """
 
     conv: Tensor | None = None
     ssm: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    is_real: Tensor | None = None
 
 
 class MDMRMSNorm(nn.Module):

@@ -17,6 +17,9 @@ from .configuration_mdm import MDMConfig
 from .scan_switch import invert_order, scan, scan_orders
 
 
+ROTARY_PERIOD = 100.0
+
+
 @dataclass
 class SequenceLayout:
     """What a position is and where it stands; every tensor is (b, l) unless noted."""
@@ -65,6 +68,16 @@ class ScanPlan:
         """One plan per direction, for blocks that take turns (`scan_sharing="alternate"`)."""
         parts = zip(*(value.split(1, -1) for value in (self.order, self.rank, self.step_is_real)), strict=True)
         return [replace(self, order=o, rank=r, step_is_real=s) for o, r, s in parts]
+
+
+@dataclass
+class AttentionPlan:
+    """Who sees whom, and by which angles queries and keys are turned, for a Transformer in place of the scans."""
+
+    is_real: Tensor  # (b, l, 1)
+    sees: Tensor  # (b, 1, l, l): [query, key]
+    cos: Tensor  # (b, 1, l, head_dim / 2), fp32
+    sin: Tensor
 
 
 def _isin(ids: Tensor, tokens: list[int]) -> Tensor:
@@ -143,13 +156,33 @@ def build_layout(
     )
 
 
-def plan_scans(config: MDMConfig, layout: SequenceLayout, has_image: Tensor | None, padding_first=False) -> ScanPlan:
-    """The scan switch: orders for the positions of `layout`.
+def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:
+    """Conditions first: the prefix sees itself, the target group everything. Padding sees itself alone, and nothing
+    sees padding: no row of the softmax is without a key.
+
+    Half of a head's pairs turn with the row, half with the column, at frequencies from 1 to 1 / 100: a score depends
+    on how far apart two places are, beside what the embeddings say of them.
+    """
+    is_real, is_target = ~layout.is_padding, layout.in_target_group
+    sees = is_real.unsqueeze(1) & is_real.unsqueeze(2) & (is_target.unsqueeze(2) | ~is_target.unsqueeze(1))
+    sees = sees | torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
+    count = config.head_dim // 4
+    frequency = ROTARY_PERIOD ** (-torch.arange(count, device=sees.device, dtype=torch.float32) / count)
+    angle = torch.cat([place.unsqueeze(-1) * frequency for place in (layout.row, layout.column)], dim=-1).unsqueeze(1)
+    return AttentionPlan(is_real.unsqueeze(-1), sees.unsqueeze(1), angle.cos(), angle.sin())
+
+
+def plan_scans(
+    config: MDMConfig, layout: SequenceLayout, has_image: Tensor | None, padding_first: bool = False
+) -> ScanPlan | AttentionPlan:
+    """The scan switch: orders for the positions of `layout`. A Transformer, which scans nothing, gets its own plan.
 
     Args:
         has_image: (b,) bool, the row holds an image; None where no row does. Rows without an image use the text
             directions only, alone or in a batch.
     """
+    if config.backbone == "transformer":
+        return plan_attention(config, layout)
     images, texts = config.scan_directions
     order = scan_orders(
         layout.segment,
