@@ -287,6 +287,27 @@ LAYOUTS = {
             ]
         },
     ),
+    "shapes": (
+        "shapes",
+        {
+            "image": PICTURE,
+            "captions": ["a red circle"],
+            "prompts": ["a circle"],
+            "questions": ["how many shapes are there?"],
+            "answers": ["one"],
+            "label": 0,
+            "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}],
+            "scene": "{}",
+        },
+        {
+            "image": PICTURE,
+            "captions": ["a red circle"],
+            "prompts": ["a circle"],
+            "class_id": 0,
+            "questions": [("how many shapes are there?", ["one"])],
+            "messages": [("user", "Which?"), ("assistant", "This.")],
+        },
+    ),
     "text-line": ("text", {"text": "Plain words."}, {"captions": ["Plain words."]}),
 }
 

@@ -157,3 +157,12 @@ def test_a_vocabulary_that_does_not_suit_the_corpus_is_refused(
 def test_a_missing_corpus_is_reported_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--corpus", str(tmp_path / "none.txt"), "--output", str(tmp_path)]) == 2
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_whole_words_are_pieces_of_a_small_corpus() -> None:
+    corpus = [f"a {colour} {kind} and no more" for colour in ("red", "blue") for kind in ("circle", "square")] * 20
+    plain = to_fast_tokenizer(train_sentencepiece(corpus, 340, is_size_exact=False))
+    kept = to_fast_tokenizer(train_sentencepiece(corpus, 340, is_size_exact=False, keeps_words=True))
+    assert "▁and" not in plain.tokenize("a red circle and no more")
+    assert kept.tokenize("a red circle and no more") == ["▁a", "▁red", "▁circle", "▁and", "▁no", "▁more"]
+    assert kept.decode(kept("a blue fox, and 7 more!")["input_ids"]) == "a blue fox, and 7 more!"

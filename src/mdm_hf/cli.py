@@ -117,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print parameters, tokens and time a step, and memory; train nothing"
     )
 
+    shapes = command(
+        "make-shapes",
+        _make_shapes,
+        "write the shapes world as a data set: scenes, captions, prompts, questions, riddles",
+        "mdm make-shapes --output data/shapes",
+    )
+    shapes.add_argument("--output", type=Path, default="data/shapes", help="new folder (default: %(default)s)")
+    shapes.add_argument("--train", type=_count, default=24_000, help="scenes to train on (default: %(default)s)")
+    shapes.add_argument("--validation", type=_count, default=1_000, help="... to tune on (default: %(default)s)")
+    shapes.add_argument("--test", type=_count, default=2_000, help="... to report on (default: %(default)s)")
+
     cache = command(
         "cache-latents",
         _cache_latents,
@@ -222,6 +233,13 @@ def _train(options) -> None:
     folder = run_recipe(recipe, resume=options.resume)
     if os.environ.get("RANK", "0") == "0":
         print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
+
+
+def _make_shapes(options) -> None:
+    from .evaluation.shapes_world import write_dataset
+
+    sizes = {split: getattr(options, split) for split in ("train", "validation", "test")}
+    print(f"Wrote {write_dataset(options.output, sizes).resolve()}.")
 
 
 def _cache_latents(options) -> None:

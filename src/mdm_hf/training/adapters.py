@@ -147,6 +147,20 @@ def captions(row: Row) -> Record:
     )
 
 
+def shapes(row: Row) -> Record:
+    """What `mdm make-shapes` writes: `image`, `captions`, `prompts`, `questions`, `answers`, `label`, `messages`."""
+    pairs = zip(_need(row, "questions"), _need(row, "answers"), strict=True)
+    label = row.get("label")
+    return Record(
+        image=_need(row, "image"),
+        captions=_texts(_need(row, "captions"), "captions"),
+        prompts=list(row.get("prompts") or ()),
+        class_id=None if label is None else _class_id(label),
+        questions=[(question, [answer]) for question, answer in pairs],
+        messages=conversations({"messages": _need(row, "messages")}).messages,
+    )
+
+
 def text(row: Row) -> Record:
     """`text`, or `txt`: plain text without an image."""
     return Record(captions=_texts(_need(row, "text", "txt"), "text"))
@@ -168,6 +182,7 @@ ADAPTERS: dict[str, Callable[[Row], Record]] = {
         llava,
         captions,
         conversations,
+        shapes,
         text,
     )
 }
@@ -189,6 +204,7 @@ DEFAULT_TASKS: dict[str, dict[str, float]] = {
     "llava": _TALKED,
     "captions": _CAPTIONED,
     "conversations": _TALKED,
+    "shapes": _CAPTIONED | _ASKED | _TALKED,
     "text": {"text": 1.0},
 }
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def make_processor(recipe: dict) -> MDMProcessor:
             raise ValueError(f"Got no text in the recipe's data to build a tokenizer from; {_why_no_text(recipe)}")
         unfinished = folder.with_name(".unfinished-processor")
         shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer = build_tokenizer(texts, stage["vocab_size"], unfinished, is_size_exact=False)
+        tokenizer = build_tokenizer(texts, stage["vocab_size"], unfinished, is_size_exact=False, keeps_words=True)
         options = dict(spec)
         height, width = options.pop("image_size", IMAGE_SIZE)
         kept = {name: options.pop(name) for name in ("max_new_tokens", "num_classes") if name in options}
@@ -145,11 +146,19 @@ def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -
 
 def text_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:
     """Raises ValueError for messages whose texts the processor refuses: too long, or with control tokens."""
-    side = processor.patch_size
-    blank = Image.new("RGB", (side, side))
+    side, tokenizer = processor.patch_size, processor.tokenizer
+    blank, special = Image.new("RGB", (side, side)), frozenset(tokenizer.all_special_ids)
+
+    @lru_cache(maxsize=2**16)
+    def fits(text: str, is_target: bool) -> bool:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        limit = processor.max_new_tokens if is_target else tokenizer.model_max_length
+        return len(ids) <= limit and special.isdisjoint(ids)
 
     def check(messages: list[dict]) -> None:
-        processor.apply_chat_template(with_images({"messages": messages}, lambda image: blank)["messages"])
+        parts = [(part, message is messages[-1]) for message in messages for part in message["content"]]
+        if not all(fits(part["text"], is_last) for part, is_last in parts if part["type"] == "text"):
+            processor.apply_chat_template(with_images({"messages": messages}, lambda image: blank)["messages"])
 
     return check
 

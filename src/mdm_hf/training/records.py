@@ -26,6 +26,7 @@ TASKS = (
     "text",
     "conversation",
 )
+PROMPT_SHARE = 0.5  # of text_to_image where a record has prompts, beside its captions
 BAD_KINDS = ("missing field", "bad value", "empty text", "missing image", "corrupt image", "refused")
 
 
@@ -44,6 +45,7 @@ class Record:
     Args:
         image: A PIL image, a path, the bytes of an image file, or {"bytes", "path"} as `datasets` stores it.
         captions: Texts that all describe the image; plain text where there is no image.
+        prompts: Texts to draw the image from that are no captions of it: they say less, or another thing.
         class_id: The data category.
         questions: Questions about the image, each with its answers; several answers are several people's, and as many
             agree as list the same.
@@ -52,6 +54,7 @@ class Record:
 
     image: Any = None
     captions: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     class_id: int | None = None
     questions: list[tuple[str, list[str]]] = field(default_factory=list)
     messages: list[dict] = field(default_factory=list)
@@ -59,6 +62,7 @@ class Record:
     def texts(self) -> Iterator[str]:
         """Every text of the row, each answer once."""
         yield from self.captions
+        yield from self.prompts
         for question, answers in self.questions:
             yield question
             yield from dict.fromkeys(answers)
@@ -100,7 +104,8 @@ def conversation_of(record: Record, task: str, rng: np.random.Generator, conditi
         if task == "class_to_image":
             user = [_class_part(need("class_id"))]
         elif task == "text_to_image":
-            user = [text_part(drawn(need("captions"), rng))]
+            told = record.prompts if record.prompts and rng.random() < PROMPT_SHARE else need("captions")
+            user = [text_part(drawn(told, rng))]
         else:
             texts = need("captions")
             order = rng.permutation(len(texts))

@@ -8,8 +8,10 @@
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sentencepiece
@@ -39,6 +41,8 @@ CONTROL_TOKENS = {
 # Spelled out by its characters, text such as "<0x4F>" is never mistaken for the byte piece of that name.
 BYTE_NAME_CHARACTERS = "<>x0123456789ABCDEF"
 
+FEW_WORDS = 10_000  # distinct ones, of a corpus small enough to list every part of every word
+PIECE_LENGTH = 16  # letters at most, SentencePiece's own limit
 MAX_LENGTH = 512  # of a text in tokens (paper, Appendix C)
 
 
@@ -48,15 +52,46 @@ def train_sentencepiece(
     required_characters: str = "",
     num_threads: int = 8,
     is_size_exact: bool = True,
+    keeps_words: bool = False,
 ) -> bytes:
     """The serialised SentencePiece model of Appendix D, with our control tokens and bytes for unknown characters.
 
     Args:
         is_size_exact: Refuse a corpus that offers fewer pieces than `vocab_size`; else take what it offers.
+        keeps_words: Of a corpus of fewer than 10,000 distinct words, let whole words be pieces. SentencePiece looks
+            for pieces in the list of distinct words: one that is no part of another, "and", it never finds.
 
     Raises:
         ValueError: `vocab_size` does not suit the corpus.
     """
+    sentences = list(sentences)
+    with TemporaryDirectory() as folder:
+        seeds = Path(folder) / "seeds.tsv"
+        candidates = _parts_of_words(sentences) if keeps_words else {}
+        seeds.write_text("".join(f"{piece}\t{count}\n" for piece, count in candidates.items()), encoding="utf-8")
+        options: dict[str, Any] = {"seed_sentencepieces_file": str(seeds)} if candidates else {}
+        return _trained(sentences, vocab_size, required_characters, num_threads, is_size_exact, options)
+
+
+def _parts_of_words(sentences: list[str]) -> dict[str, int]:
+    """Every part of two letters or more of every word -> how often it occurs; nothing of too many words."""
+    words = Counter(f"▁{word}" for sentence in sentences for word in sentence.split())
+    parts: Counter[str] = Counter()
+    for word, count in words.items() if len(words) < FEW_WORDS else ():
+        for start in range(len(word)):
+            for end in range(start + 2, min(len(word), start + PIECE_LENGTH) + 1):
+                parts[word[start:end]] += count
+    return dict(sorted(parts.items(), key=lambda part: (-part[1] * len(part[0]), part[0])))
+
+
+def _trained(
+    sentences: list[str],
+    vocab_size: int,
+    required_characters: str,
+    num_threads: int,
+    is_size_exact: bool,
+    options: dict[str, Any],
+) -> bytes:
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)  # which million sentences of a larger corpus are read
     try:
@@ -82,6 +117,7 @@ def train_sentencepiece(
             required_chars="".join(sorted(set(BYTE_NAME_CHARACTERS + required_characters))),
             hard_vocab_limit=is_size_exact,
             minloglevel=2,
+            **options,
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(
@@ -133,9 +169,10 @@ def build_tokenizer(
     required_characters: str = "",
     num_threads: int = 8,
     is_size_exact: bool = True,
+    keeps_words: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer on `sentences` and saves it in the folder `output`; see `train_sentencepiece`."""
-    model = train_sentencepiece(sentences, vocab_size, required_characters, num_threads, is_size_exact)
+    model = train_sentencepiece(sentences, vocab_size, required_characters, num_threads, is_size_exact, keeps_words)
     tokenizer = to_fast_tokenizer(model)
     tokenizer.save_pretrained(output)
     return tokenizer
