@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     | OPS
     | LAYOUT
     | {"checkpoints", "solvers"},  # called on self, so it never names the model
+    "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
     "modeling_mdm_attention": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
@@ -66,13 +67,17 @@ ARROWS: dict[str, set[str]] = {
     | OPS
     | LAYOUT
     | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention"}
-    | {"pixel_autoencoder"},
+    | {"pixel_autoencoder", "scoring_mdm"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "conversations": set(),
     "processing_options": {"image_processing_mdm"},
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
-    "pipeline_mdm": CONFIGURATION | PROCESSING | MODELS | {"checkpoints", "generation_mdm", "solvers"},
+    "choice_scores": {"scoring_mdm"},
+    "pipeline_mdm": CONFIGURATION
+    | PROCESSING
+    | MODELS
+    | {"checkpoints", "choice_scores", "generation_mdm", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT

@@ -12,6 +12,7 @@ from .modeling_mdm import MDMForMultiModalGeneration, MDMModel, MDMModelOutput, 
 from .modeling_mdm_vae import MDMVAEModel
 from .pipeline_mdm import TASK, MDMPipeline
 from .processing_mdm import MDMProcessor
+from .scoring_mdm import MDMScoreOutput
 
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "MDMOutput",
     "MDMPipeline",
     "MDMProcessor",
+    "MDMScoreOutput",
     "MDMVAEConfig",
     "MDMVAEModel",
 ]

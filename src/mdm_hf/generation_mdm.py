@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
 from .input_checks import as_generators, check_finite, check_inputs, check_targets, replaced_latents
-from .sequence_layout import SequenceLayout, image_of_each_row, plan_scans
+from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
 from .solvers import default_solver, load_solver, solver_for
 
 
@@ -358,12 +358,12 @@ class _Denoiser:
         self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
         config = model.config
         in_prefix = ~layout.in_target_group & ~layout.is_padding
-        self.index = _positions(~in_prefix & ~layout.is_padding) if use_cache else _positions(~layout.is_padding)
+        self.index = positions(~in_prefix & ~layout.is_padding) if use_cache else positions(~layout.is_padding)
         self.layout = layout.select(*self.index)
         self.text = (self.layout.is_text & self.layout.is_target).nonzero(as_tuple=True)
         self.conditions = conditions
-        self.noise = _pick(noise, self.index[0])
-        self.clean = _pick(conditions, self.index[0])
+        self.noise = pick(noise, self.index[0])
+        self.clean = pick(conditions, self.index[0])
         self.start = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
 
         both, class_pair, latents = layout, class_ids, conditions
@@ -383,11 +383,11 @@ class _Denoiser:
         clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
         if use_cache:
             from_prefix = ~both.in_target_group & ~both.is_padding
-            index, is_real = _positions(from_prefix, right_aligned=True)
+            index, is_real = positions(from_prefix, right_aligned=True)
             prefix = both.select(index, is_real)
             plan = plan_scans(config, prefix, has_image, padding_first=True)
             self.cache = model.new_condition_cache()
-            model.model.denoise(_pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
+            model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)
@@ -431,18 +431,6 @@ class _Denoiser:
         whole = self.conditions.clone()
         whole[rows[is_real], index[is_real]] = z[is_real]
         return torch.where(self.full_layout.is_target.unsqueeze(-1), whole, self.conditions)
-
-
-def _positions(mask: Tensor, right_aligned: bool = False) -> tuple[Tensor, Tensor]:
-    """Where `mask` (b, l) holds, in order: indices (b, m) and which of them are real; m is the longest row, >= 1."""
-    longest = max(int(mask.sum(1).max()), 1)
-    order = torch.argsort(mask.long(), dim=1, stable=True, descending=not right_aligned)
-    index = order[:, -longest:] if right_aligned else order[:, :longest]
-    return index, mask.gather(1, index)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:

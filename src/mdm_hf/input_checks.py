@@ -195,6 +195,34 @@ def check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
             )
 
 
+def check_scored(config: MDMConfig, layout: SequenceLayout, num_samples: int, batch_size: int) -> None:
+    """Raises ValueError for what `score` cannot score: no target, a placeholder where a target should stand."""
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 4 or num_samples % 2:
+        raise ValueError(
+            f"`num_samples` is {num_samples!r}; it must be an even number, 4 or more: each stratum of times has two "
+            "draws, whose difference gives the standard error."
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; it must be a whole number, 1 or more.")
+    remedy = (
+        "put it there, for instance with processor.apply_chat_template(messages), whose last message is the "
+        "assistant's and holds the answer."
+    )
+    empty = ~layout.is_target.any(1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"`target_mask` marks no target in row {empty.nonzero()[0].item()}, so there is nothing to score; mark "
+            f"what is to be scored, and {remedy}"
+        )
+    for name, token in (("text", config.text_target_token_id), ("image", config.image_target_token_id)):
+        bare = (layout.is_target & (layout.input_ids == token)).nonzero()
+        if len(bare):
+            raise ValueError(
+                f"`input_ids` holds the placeholder {token} at row {bare[0, 0].item()}, place {bare[0, 1].item()}: "
+                f"conditions without the {name} to score; {remedy}"
+            )
+
+
 def _check_tensor(name: str, value: Tensor, is_whole: bool | None = None) -> None:
     """`is_whole` asks for whole numbers, or for floats; None takes both."""
     if not isinstance(value, Tensor):

@@ -38,6 +38,7 @@ from .score_entropy import (
     image_score_entropy_sampled,
     loss_weight,
 )
+from .scoring_mdm import MDMScoringMixin
 from .sequence_layout import AttentionPlan, ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
 
 
@@ -467,8 +468,8 @@ def _row_means(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum(1) / mask.sum(1).clamp(min=1)
 
 
-class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin):
-    """MDM with its head: predicts the clean latents, computes L_total, generates images and text."""
+class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMScoringMixin):
+    """MDM with its head: predicts the clean latents, computes L_total, generates and scores images and text."""
 
     output_modalities = ("image", "text")
     accepts_loss_kwargs = False

@@ -45,6 +45,13 @@ class MDMConditionCache:
     values: Tensor | None = None
     is_real: Tensor | None = None
 
+    def take(self, rows: Tensor) -> "MDMConditionCache":
+        """A cache of the `rows` (p,) of this one; a row may be taken many times."""
+        taken = MDMConditionCache()
+        for name, value in vars(self).items():
+            setattr(taken, name, value[rows])
+        return taken
+
 
 class MDMRMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32."""

@@ -22,6 +22,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .checkpoints import ADAPTER_CONFIG, GENERATION_CONFIG, SOLVER, hub_options, read_json
+from .choice_scores import ChoiceScores, score_choices
 from .conversations import MODALITIES, as_modalities
 from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
@@ -239,6 +240,39 @@ class MDMPipeline(Pipeline):
             show(self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}))
 
         return _shown(draw)
+
+    def score_choices(
+        self,
+        text=None,
+        images=None,
+        class_ids=None,
+        messages=None,
+        *,
+        choices,
+        num_samples: int = 32,
+        seed: int = 0,
+        batch_size: int = 64,
+        max_new_tokens: int | None = None,
+    ) -> list[ChoiceScores]:
+        """How likely the model finds each of several answers to each prompt, from [`~MDMModel.score`].
+
+        Args:
+            text, images, class_ids, messages: Conditions, values or lists, as in a call.
+            choices: A list of answers for each prompt, or one list for the only prompt; a string is a text, anything
+                else a picture. All answers to a prompt share times and noise.
+            num_samples, seed, batch_size, max_new_tokens: See [`~choice_scores.score_choices`].
+
+        Raises:
+            ValueError: conditions or choices that do not fit together.
+        """
+        prompts = list(self._prompts(1, text=text, images=images, class_ids=class_ids, messages=messages))
+        if len(prompts) == 1 and not (choices and isinstance(choices[0], list | tuple)):
+            choices = [choices]
+        asked = []
+        for prompt in prompts:
+            conditions = (prompt[name] for name in CONDITIONS[:3])
+            asked.append(prompt["messages"] or self.processor.as_messages(*conditions))
+        return score_choices(self.model, self.processor, asked, choices, num_samples, seed, batch_size, max_new_tokens)
 
     def _stages(self, options: dict) -> tuple[dict, dict]:
         """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""

@@ -247,6 +247,10 @@ class MDMProcessor(ProcessorMixin):
         inputs = self._encode(prompts, modalities, *sizes, *row_options, template, variables)
         return inputs if return_dict else inputs["input_ids"]
 
+    def as_messages(self, text: str | None = None, images: Any = None, class_id: int | None = None) -> list[dict]:
+        """The conditions of one prompt as a conversation; no condition, no message."""
+        return self._reader.as_messages(text, images, class_id)
+
     @property
     def _reader(self) -> ConversationReader:
         return ConversationReader(self._special_text, self.image_token, self.num_classes)

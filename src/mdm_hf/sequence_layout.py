@@ -214,3 +214,16 @@ def plan_scans(
 def image_of_each_row(layout: SequenceLayout) -> Tensor:
     """(b,) bool: the row holds an image segment that is not padding."""
     return (layout.is_image & ~layout.is_padding).any(1)
+
+
+def positions(mask: Tensor, right_aligned: bool = False) -> tuple[Tensor, Tensor]:
+    """Where `mask` (b, l) holds, in order: indices (b, m) and which of them are real; m is the longest row, >= 1."""
+    longest = max(int(mask.sum(1).max()), 1)
+    order = torch.argsort(mask.long(), dim=1, stable=True, descending=not right_aligned)
+    index = order[:, -longest:] if right_aligned else order[:, :longest]
+    return index, mask.gather(1, index)
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """`values` (b, l, d) at `index` (b, m): (b, m, d)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

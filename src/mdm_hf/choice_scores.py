@@ -1,0 +1,94 @@
+"""Which of several answers a model finds likeliest: `score` over answers that share conditions, times and noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .scoring_mdm import stratified_error
+
+
+@dataclass
+class ChoiceScores:
+    """The answers to one question, scored.
+
+    Args:
+        choices: The answers, n of them.
+        log_likelihood, standard_error: (n,), of each answer, in nats.
+        num_targets: (n,), tokens and patches of each, to normalise by.
+        draws: (n, num_samples); the answers share the noise of each column.
+    """
+
+    choices: list
+    log_likelihood: Tensor
+    standard_error: Tensor
+    num_targets: Tensor
+    draws: Tensor
+
+    @property
+    def best(self) -> int:
+        """The likeliest answer."""
+        return int(self.log_likelihood.argmax())
+
+    def margin(self, first: int, second: int) -> tuple[float, float]:
+        """By how many nats answer `first` is likelier than `second`, and the standard error of that: smaller than
+        those of the two scores, as most of their noise is the same."""
+        difference = self.draws[first] - self.draws[second]
+        return float(difference.mean()), float(stratified_error(difference))
+
+
+def score_choices(
+    model,
+    processor,
+    conversations: Sequence[list[dict]],
+    choices: Sequence[Sequence[Any]],
+    num_samples: int = 32,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+) -> list[ChoiceScores]:
+    """Scores every answer to every question.
+
+    Args:
+        conversations: Messages that end before the answer, one list a question; no messages are no condition.
+        choices: The answers to each: a string is a text, anything else a picture.
+        seed: Question i is scored with seed + i, in whatever batch it is.
+        batch_size: Rows of one network call, and answers encoded at once.
+        max_new_tokens: Length of the text canvas; an answer fills it with </s>.
+
+    Raises:
+        ValueError: not as many lists of answers as questions, an empty one, and what processor and `score` refuse.
+    """
+    if len(conversations) != len(choices):
+        raise ValueError(
+            f"Got {len(choices)} lists of choices for {len(conversations)} prompts; need one list a prompt."
+        )
+    if empty := [i for i, some in enumerate(choices) if isinstance(some, str) or not len(some)]:
+        raise ValueError(f"Got choices {choices[empty[0]]!r} for prompt {empty[0]}; need a list of one or more.")
+    rows = [
+        (i, _answered(one, c)) for i, (one, some) in enumerate(zip(conversations, choices, strict=True)) for c in some
+    ]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        inputs = processor.apply_chat_template([row for _, row in part], max_new_tokens=max_new_tokens)
+        seeds = torch.tensor([seed + i for i, _ in part])
+        scored = model.score(**inputs.to(model.device), seeds=seeds, num_samples=num_samples, batch_size=batch_size)
+        parts.append(
+            (
+                scored.draws.cpu(),
+                scored.standard_error.cpu(),
+                scored.num_text_targets.cpu() + scored.num_image_targets.cpu(),
+            )
+        )
+    draws, errors, counts = (torch.cat(column) for column in zip(*parts, strict=True))
+    sizes = [len(some) for some in choices]
+    split = zip(choices, draws.split(sizes), errors.split(sizes), counts.split(sizes), strict=True)
+    return [ChoiceScores(list(some), d.mean(1), e, n, d) for some, d, e, n in split]
+
+
+def _answered(messages: list[dict], choice: Any) -> list[dict]:
+    part = {"type": "text", "text": choice} if isinstance(choice, str) else {"type": "image", "image": choice}
+    return [*messages, {"role": "assistant", "content": [part]}]
