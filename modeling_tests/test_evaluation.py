@@ -11,6 +11,7 @@ from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.demo import with_truth
 from mdm_hf.evaluation.digits import DigitJudge, as_pixels, evaluate_digits, frechet_distance
 from mdm_hf.evaluation.pictures import picture_grid
+from mdm_hf.evaluation.results import bootstrap_interval
 from mdm_hf.training.digits import all_questions_and_answers, caption, digit_named_in, load_digits_split
 
 
@@ -114,6 +115,15 @@ def test_pixels_come_back_on_the_scale_of_the_data_set():
 def test_too_few_samples_for_the_frechet_distance_are_refused():
     with pytest.raises(ValueError, match="needs at least 65"):
         evaluate_digits(PerfectPipe(), num_samples=64)
+
+
+def test_a_bootstrap_interval_is_as_wide_as_the_error_of_the_mean_says():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 400**0.5, rel=0.1)
+    with pytest.raises(ValueError, match="needs at least one"):
+        bootstrap_interval([])
 
 
 def test_a_grid_has_a_place_for_every_cell_caption_and_heading():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .evaluation.benchmarks import BENCHMARKS
+
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
 MODEL_HELP = "folder or Hub repository (default: %(default)s)"
@@ -143,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     evaluate = command(
-        "evaluate", _evaluate, "score a digits model on the held-out digits", "mdm evaluate --num-samples 500"
+        "evaluate", _evaluate, "score a model on a benchmark", "mdm evaluate --benchmark digits --num-samples 500"
+    )
+    evaluate.add_argument(
+        "--benchmark", default="digits", help=f"one of {', '.join(BENCHMARKS)} (default: %(default)s)"
     )
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     evaluate.add_argument(
@@ -264,26 +269,15 @@ def _cache_latents(options) -> None:
 
 
 def _evaluate(options) -> None:
-    from . import MDMPipeline
-    from .evaluation.digits import evaluate_digits, over_seeds
+    from .evaluation.benchmarks import run_benchmark
 
-    pipe = MDMPipeline.from_pretrained(options.model)
-    results = [
-        evaluate_digits(
-            pipe,
-            num_samples=options.num_samples,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            text_guidance_scale=options.text_guidance_scale,
-            text_temperature=options.text_temperature,
-            seed=seed,
-        )
-        for seed in options.seed
-    ]
-    result = results[0] if len(results) == 1 else over_seeds(results)
+    result = run_benchmark(options.benchmark, options)
+    spread = result.get("intervals") or {
+        name: [low, result["highest"][name]] for name, low in result.get("lowest", {}).items()
+    }
     for name, value in result["scores"].items():
-        spread = f"   {result['lowest'][name]} to {result['highest'][name]}" if "lowest" in result else ""
-        print(f"{name:45s} {value}{spread}")
+        ends = "   {} to {}".format(*spread[name]) if name in spread else ""
+        print(f"{name:45s} {value}{ends}")
     print(json.dumps(result["settings"]), f"{result['seconds']} s")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ The judge is an RBF support vector machine trained on the training digits' pixel
 neither the model nor the judge is trained on those.
 """
 
-import hashlib
-import json
 import time
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from ..training.digits import caption, digit_named_in, is_well_formed, load_digits_split, question_and_answer
+from .results import settings_hash
 
 
 class DigitJudge:
@@ -156,6 +155,21 @@ def over_seeds(results: list[dict]) -> dict:
     }
 
 
-def settings_hash(settings: dict) -> str:
-    """Results with the same hash were made with the same settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def run(options) -> dict:
+    """The benchmark "digits" of the command line."""
+    from .. import MDMPipeline
+
+    pipe = MDMPipeline.from_pretrained(options.model)
+    results = [
+        evaluate_digits(
+            pipe,
+            num_samples=options.num_samples,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            text_guidance_scale=options.text_guidance_scale,
+            text_temperature=options.text_temperature,
+            seed=seed,
+        )
+        for seed in options.seed
+    ]
+    return results[0] if len(results) == 1 else over_seeds(results)
