@@ -17,6 +17,9 @@ except ImportError:
     Transfusion = None
 
 
+ROUND = 16  # lengths of batches are multiples of it
+
+
 @dataclass
 class Sizes:
     """What a Transfusion model is built from: its width and depth, what the processor decides, and the numbers that a
@@ -172,9 +175,10 @@ class TransfusionModel(nn.Module):
     def forward(self, inputs: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch with targets, and its parts, text and flow (2,). Torch's generator draws noise and t."""
         rows = self.rows(inputs)
-        samples, times = [], []
+        samples, times, lengths = [], [], []
         for row in rows:
-            sample = [(part, 0.0) if part.dtype == torch.long else (0, part, 0.0) for part in self._parts(row.prompt)]
+            prompt = self._parts(row.prompt)
+            sample: list = [(part, 0.0) if part.dtype == torch.long else (0, part, 0.0) for part in prompt]
             times.append([1.0 for item in sample if len(item) == 3])
             if row.text is not None:
                 sample.append(self._tokens([self.ids["text_start"], *row.text]))
@@ -182,6 +186,8 @@ class TransfusionModel(nn.Module):
                 sample.append((0, row.image))
                 times[-1].append(-1.0)
             samples.append(sample)
+            lengths.append(2 + sum(self._length(item) for item in sample))
+        self._round_up(samples, lengths)
         most = max(1, *(len(one) for one in times))
         t = torch.tensor([one + [1.0] * (most - len(one)) for one in times], device=self.device)
         t = torch.where(t < 0, torch.rand(len(t), 1, device=self.device).expand_as(t), t)
@@ -198,6 +204,22 @@ class TransfusionModel(nn.Module):
         for one in prompt:
             parts[-1].append(one) if isinstance(one, int) else parts.extend([one, []])
         return [self._tokens(part) if isinstance(part, list) else part for part in parts if len(part)]
+
+    def _length(self, item) -> int:
+        """Positions that the package makes of an item of a sample in training."""
+        if isinstance(item, Tensor) or isinstance(item[0], Tensor):
+            return len(item if isinstance(item, Tensor) else item[0])
+        h, w = item[1].shape[:2]
+        return len(self._opening((h, w))) + h * w + 1
+
+    def _round_up(self, samples: list[list], lengths: list[int]) -> None:
+        """Puts padding that nothing asks for after the longest sample, up to a multiple of `ROUND` positions.
+
+        The package's einx works out its shapes anew for each length, for a quarter of a second.
+        """
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if extra := -lengths[longest] % ROUND:
+            samples[longest].append((self._tokens([0] * extra), 0.0))
 
     def _opening(self, grid: tuple[int, int]) -> list[int]:
         """What the package puts before an image of `grid` in training."""
@@ -217,6 +239,7 @@ class TransfusionModel(nn.Module):
             lengths.append(sum(len(part) if part.dtype == torch.long else part[..., 0].numel() for part in parts))
             images = sum(part.dtype != torch.long for part in parts)
             times.append([1.0] * (images - 1) + [t] * min(images, 1))
+        self._round_up(samples, lengths)
         most = max(len(one) for one in times)
         padded = torch.tensor([one + [1.0] * (most - len(one)) for one in times], device=self.device)
         embed, _ = self.net(samples, times=padded, return_loss=False, return_embed=True)
@@ -260,16 +283,15 @@ class TransfusionModel(nn.Module):
         for _ in range(length):
             if not active:
                 break
-            embed, lengths = self._embed([[*prompts[i], self.ids["text_start"], *texts[i]] for i in active])
-            last = embed[torch.arange(len(active)), torch.tensor(lengths) - 1]
+            rows = [[*prompt, self.ids["text_start"], *text] for prompt, text in zip(prompts, texts, strict=True)]
+            embed, lengths = self._embed(rows)  # also of those that are done: a batch of another size is another shape
+            last = embed[torch.arange(len(rows)), torch.tensor(lengths) - 1]
             logits = self.net.to_text_logits(last).float().masked_fill(~self.is_text, -torch.inf)
             weights = (logits / heat).softmax(-1).cpu()
-            own = [generators[i] for i in active]
-            drawn = [int(torch.multinomial(w, 1, generator=one)) for w, one in zip(weights, own, strict=True)]
-            ended = {i for token, i in zip(drawn, active, strict=True) if token == self.ids["eos"]}
-            for token, i in zip(drawn, active, strict=True):
-                texts[i] += [] if i in ended else [token]
-            active = [i for i in active if i not in ended]
+            drawn = {i: int(torch.multinomial(weights[i], 1, generator=generators[i])) for i in active}
+            active = [i for i in active if drawn[i] != self.ids["eos"]]
+            for i in active:
+                texts[i].append(drawn[i])
         return texts
 
     def _draw(self, prompts: list[list], grid: tuple[int, int], steps: int, scale: float, generators: list) -> Tensor:
