@@ -138,8 +138,8 @@ def train(
     *,
     max_steps: int | None = None,
     cpu_seconds: float | None = None,
-    learning_rate: float = 2e-3,
-    depth: int = 4,
+    learning_rate: float = 5e-3,
+    depth: int = 2,
     dim: int | None = None,
     vae: str | Path | None = None,
     resume: bool = False,
@@ -235,8 +235,8 @@ def main() -> None:
     parser.add_argument("--output", help="folder for the checkpoint and the baseline")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cpu-seconds", type=float, help="of this process; instead of --steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--dim", type=int, help="width, instead of that with the parameters of the recipe's model")
     parser.add_argument("--vae", help="folder of a trained MDM model, for latents in place of raw patches")
     parser.add_argument("--resume", action="store_true")

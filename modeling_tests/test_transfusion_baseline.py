@@ -200,6 +200,29 @@ def test_the_loss_of_one_batch_falls():
     assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5])
 
 
+def test_what_it_learned_by_heart_it_says_and_draws_again():
+    """A dark and a bright picture, each with a class and a name: the answer follows the image, the image the class."""
+    torch.manual_seed(0)
+    shades = [np.full((8, 8, 1), grey, dtype=np.uint8) for grey in (30, 220)]
+    names = ("a three", "a seven")
+    rows = [conversation([part("image", i)], [part("text", n)]) for i, n in zip(shades, names, strict=True)]
+    rows += [conversation([part("class", c)], [part("image", i)]) for c, i in zip((3, 7), shades, strict=True)]
+    inputs = dict(PROCESSOR.apply_chat_template(rows * 4, return_tensors="pt"))
+    model = TransfusionModel(SMALL, PROCESSOR).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(inputs)[0].backward()
+        optimizer.step()
+    pipe = TransfusionPipeline(model, PROCESSOR)
+    said = pipe(images=[i[:, :, 0] for i in shades], generate="text", seed=0)
+    assert [one["text"] for one in said] == [[name] for name in names]
+    drawn = pipe(class_ids=[3, 7], generate="image", seed=0, guidance_scale=1.0)
+    dark, bright = (float(np.asarray(one["images"][0]).mean()) for one in drawn)
+    assert abs(dark - 30) < 25
+    assert abs(bright - 220) < 25
+
+
 def test_what_cannot_be_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Got max_steps None and cpu_seconds None; need one of the two; give one"):
         train(digits_recipe(), tmp_path)
