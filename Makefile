@@ -10,9 +10,9 @@ TORCHAO := $(VENV)/torchao
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 OLDEST_VENV ?= .venv-oldest
 # Tests that one version's run is enough for: they know nothing of transformers, or what other files test with it.
-ONCE := benchmarks causal_conv custom_ops digits_data evaluation fused_scan import_arrows latent_cache memory \
-	noise_schedule pixels_to_pictures scan_switch score_entropy ssd ssd_kernels training_data_mix \
-	training_data_readers training_data_records transfusion_baseline
+ONCE := benchmarks causal_conv custom_ops digits_data evaluation fused_scan geneval image_quality import_arrows \
+	latent_cache lm_eval_adapter memory noise_schedule pixels_to_pictures scan_switch score_entropy ssd ssd_kernels \
+	training_data_mix training_data_readers training_data_records visual_questions transfusion_baseline
 # The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
 TRITON ?= triton==3.7.1
 

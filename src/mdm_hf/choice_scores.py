@@ -67,26 +67,45 @@ def score_choices(
         )
     if empty := [i for i, some in enumerate(choices) if isinstance(some, str) or not len(some)]:
         raise ValueError(f"Got choices {choices[empty[0]]!r} for prompt {empty[0]}; need a list of one or more.")
-    rows = [
-        (i, _answered(one, c)) for i, (one, some) in enumerate(zip(conversations, choices, strict=True)) for c in some
-    ]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        inputs = processor.apply_chat_template([row for _, row in part], max_new_tokens=max_new_tokens)
-        seeds = torch.tensor([seed + i for i, _ in part])
-        scored = model.score(**inputs.to(model.device), seeds=seeds, num_samples=num_samples, batch_size=batch_size)
-        parts.append(
-            (
-                scored.draws.cpu(),
-                scored.standard_error.cpu(),
-                scored.num_text_targets.cpu() + scored.num_image_targets.cpu(),
-            )
-        )
-    draws, errors, counts = (torch.cat(column) for column in zip(*parts, strict=True))
+    asked = enumerate(zip(conversations, choices, strict=True))
+    rows = [(seed + i, _answered(messages, one)) for i, (messages, some) in asked for one in some]
+    seeds, answered = zip(*rows, strict=True)
+    draws, errors, counts = score_conversations(
+        model, processor, answered, seeds, num_samples, batch_size, max_new_tokens
+    )
     sizes = [len(some) for some in choices]
     split = zip(choices, draws.split(sizes), errors.split(sizes), counts.split(sizes), strict=True)
     return [ChoiceScores(list(some), d.mean(1), e, n, d) for some, d, e, n in split]
+
+
+def score_conversations(
+    model,
+    processor,
+    conversations: Sequence[list[dict]],
+    seeds: Sequence[int],
+    num_samples: int = 32,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`score` of the last, the assistant's, message of each of n conversations, a batch at a time.
+
+    Returns:
+        Draws (n, num_samples), whose mean is the score, standard errors (n,), and numbers of targets (n,).
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(conversations), batch_size):
+        batch = slice(start, start + batch_size)
+        inputs = processor.apply_chat_template(list(conversations[batch]), max_new_tokens=max_new_tokens)
+        scored = model.score(
+            **inputs.to(model.device),
+            seeds=torch.tensor(seeds[batch]),
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
+        counts = scored.num_text_targets + scored.num_image_targets
+        parts.append((scored.draws.cpu(), scored.standard_error.cpu(), counts.cpu()))
+    draws, errors, counts = (torch.cat(column) for column in zip(*parts, strict=True))
+    return draws, errors, counts
 
 
 def _answered(messages: list[dict], choice: Any) -> list[dict]:

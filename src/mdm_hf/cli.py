@@ -147,9 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate", _evaluate, "score a model on a benchmark", "mdm evaluate --benchmark digits --num-samples 500"
     )
-    evaluate.add_argument(
-        "--benchmark", default="digits", help=f"one of {', '.join(BENCHMARKS)} (default: %(default)s)"
+    lines = [f"  {name:20s} {one.help}" for name, one in BENCHMARKS.items()]
+    evaluate.epilog = "\n".join(
+        [str(evaluate.epilog), "", "benchmarks, with what they need in docs/benchmarks.md:", *lines]
     )
+    evaluate.add_argument("--benchmark", default="digits", help="one of those below (default: %(default)s)")
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     evaluate.add_argument(
         "--num-samples", type=_sample_count, default=500, help="samples per task, 65 or more (default: %(default)s)"
@@ -164,6 +166,20 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0],
         help="of samples and wordings; several for mean and range (default: 0)",
+    )
+    evaluate.add_argument("--limit", type=_count, help="items at most (default: all; not of digits)")
+    evaluate.add_argument("--data", type=Path, help="the benchmark's file or folder; docs/benchmarks.md says which")
+    evaluate.add_argument("--images", type=Path, help="folder with the benchmark's pictures")
+    evaluate.add_argument("--prompt", help="text beside a picture to caption (default: none)")
+    evaluate.add_argument("--inception", type=Path, help="TorchScript file of the Inception network, for FID")
+    evaluate.add_argument("--num-draws", type=_count, default=32, help="of model.score (default: %(default)s)")
+    evaluate.add_argument("--num-fewshot", type=int, help="examples before a question (default: the task's own)")
+    evaluate.add_argument("--batch-size", type=_count, default=32, help="items at once (default: %(default)s)")
+    evaluate.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("runs/evaluate"),
+        help="what a run keeps, to go on with after a kill (default: %(default)s)",
     )
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
     return parser

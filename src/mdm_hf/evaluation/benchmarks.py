@@ -21,6 +21,17 @@ class Benchmark:
 
 BENCHMARKS = {
     "digits": Benchmark("digits:run", "the six tasks of mdm-digits, judged by a classifier"),
+    # lm-eval's, by its own names
+    "hellaswag": Benchmark("lm_eval_adapter:run", "which ending follows"),
+    "openbookqa": Benchmark("lm_eval_adapter:run", "science questions"),
+    "winogrande": Benchmark("lm_eval_adapter:run", "whom a pronoun means"),
+    "arc_easy": Benchmark("lm_eval_adapter:run", "science questions"),
+    "arc_challenge": Benchmark("lm_eval_adapter:run", "harder science questions"),
+    "boolq": Benchmark("lm_eval_adapter:run", "yes or no, from a passage"),
+    "piqa": Benchmark("lm_eval_adapter:run", "how things are done"),
+    "gsm8k": Benchmark("lm_eval_adapter:run", "school mathematics in words"),
+    "hendrycks_math": Benchmark("lm_eval_adapter:run", "MATH: competition problems"),
+    "mmlu": Benchmark("lm_eval_adapter:run", "57 subjects"),
 }
 
 
@@ -33,4 +44,11 @@ def run_benchmark(name: str, options) -> dict:
     if name not in BENCHMARKS:
         raise ValueError(f"Got --benchmark {name}; need one of {', '.join(BENCHMARKS)}; check the spelling.")
     file, _, function = BENCHMARKS[name].function.partition(":")
-    return getattr(import_module(f".{file}", __package__), function)(options)
+    try:
+        module = import_module(f".{file}", __package__)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Got --benchmark {name} without {error.name} installed; need the extra `eval`; run: pip install "
+            '"mdm-hf[eval]"'
+        ) from error
+    return getattr(module, function)(options)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.svm import SVC
 
+from ..pipeline_mdm import MDMPipeline
 from ..training.digits import caption, digit_named_in, is_well_formed, load_digits_split, question_and_answer
 from .results import settings_hash
 
@@ -157,8 +158,6 @@ def over_seeds(results: list[dict]) -> dict:
 
 def run(options) -> dict:
     """The benchmark "digits" of the command line."""
-    from .. import MDMPipeline
-
     pipe = MDMPipeline.from_pretrained(options.model)
     results = [
         evaluate_digits(

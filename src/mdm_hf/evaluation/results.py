@@ -1,15 +1,35 @@
-"""What every result file holds beside its scores: the settings with their hash, and how sure the scores are."""
+"""What all benchmarks share: settings with their hash, how sure a score is, what a killed run leaves to go on with.
+
+A run is cut into batches by the place of an item in its list, never by what is left to do: item i is drawn with
+seed + i, and is the same in a run that was killed and in one that was not.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers.utils import logging
+
+
+SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature")
 
 
 def settings_hash(settings: dict) -> str:
     """Results with the same hash were made with the same settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def bootstrap_interval(
@@ -31,3 +51,80 @@ def bootstrap_interval(
     drawn = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return [float(low), float(high)]
+
+
+def model_id(model: str) -> str:
+    """What tells two states of one path apart: its configuration, and size and time of its weights' files; of a Hub
+    repository its name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    config = folder / "config.json"
+    parts: list[Any] = [config.read_text(encoding="utf-8") if config.is_file() else ""]
+    parts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))]
+    return settings_hash({"parts": parts})
+
+
+class ResultCache:
+    """Results by key in a file of JSON lines, one a result, written as they come. A line torn by a kill is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values: dict[str, Any] = {}
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in text.splitlines():
+            try:
+                key, value = json.loads(line)
+            except ValueError:
+                continue
+            self.values[key] = value
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text and not text.endswith("\n"):
+            self._append("\n")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def put(self, results: dict[str, Any]) -> None:
+        self.values |= results
+        self._append("".join(json.dumps([key, value]) + "\n" for key, value in results.items()))
+
+    def _append(self, lines: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+def batches(count: int, size: int, name: str, is_done: Callable[[range], bool]) -> Iterator[range]:
+    """Ranges of up to `size` of `count` places in order, without those that are done, under a progress bar whose time
+    left is that of what is left."""
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    left = [part for part in parts if not is_done(part)]
+    with logging.tqdm(desc=name, total=sum(map(len, left)), unit="item") as bar:
+        for part in left:
+            yield part
+            bar.update(len(part))
+
+
+def sampling_of(options, pipe) -> dict:
+    """The sampling options of a command line, the model's defaults where it has none."""
+    given = {"num_inference_steps": options.steps} | {name: getattr(options, name) for name in SAMPLING}
+    defaults = pipe.model.generation_config
+    return {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
+
+
+def result(scores: dict, intervals: dict, settings: dict, started: float, **more: Any) -> dict:
+    """A result file: scores and 95% intervals rounded, settings with their hash, seconds since `started`."""
+    return {
+        "scores": {name: _rounded(value) for name, value in scores.items()},
+        "intervals": {name: [_rounded(end) for end in ends] for name, ends in intervals.items()},
+        "settings": settings | {"hash": settings_hash(settings)},
+        "seconds": round(time.perf_counter() - started, 1),
+        **more,
+    }
+
+
+def _rounded(value):
+    return round(float(value), 4) if isinstance(value, float | np.floating) else value
