@@ -21,6 +21,13 @@ class Benchmark:
 
 BENCHMARKS = {
     "digits": Benchmark("digits:run", "the six tasks of mdm-digits, judged by a classifier"),
+    "fid": Benchmark("image_quality:run", "FID, IS, precision and recall of pictures"),
+    "coco-captions": Benchmark("captioning:run", "CIDEr of captions, COCO's files"),
+    "flickr30k-captions": Benchmark("captioning:run", "CIDEr of captions, Karpathy's split of Flickr30K"),
+    "vqav2": Benchmark("visual_questions:run", "soft accuracy of answers"),
+    "vizwiz": Benchmark("visual_questions:run", "soft accuracy of answers, unanswerable ones among them"),
+    "okvqa": Benchmark("visual_questions:run", "soft accuracy of answers that take knowledge"),
+    "geneval": Benchmark("geneval:run", "draws pictures for GenEval's own scorer"),
     # lm-eval's, by its own names
     "hellaswag": Benchmark("lm_eval_adapter:run", "which ending follows"),
     "openbookqa": Benchmark("lm_eval_adapter:run", "science questions"),
