@@ -158,6 +158,14 @@ def test_score_entropy_never_trains_the_encoder():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == is_decoder, name
 
 
+def test_score_entropy_trains_the_encoder_where_it_is_asked_to():
+    model = tiny_model(detach_latents=False).train()
+    out = model(**batch(["both"], is_training=True))
+    (out.loss_se_image + out.loss_se_text).backward()
+    vae = model.model.vae
+    assert all(bool(p.grad.any()) for part in (vae.encoder, vae.patch_embedding) for p in part.parameters())
+
+
 def test_every_parameter_learns_from_the_total_loss():
     for sharing in SHARINGS:
         model = tiny_model(scan_sharing=sharing, num_hidden_layers=4).train()

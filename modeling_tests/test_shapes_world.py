@@ -188,7 +188,7 @@ def test_a_scene_follows_from_split_and_index_alone() -> None:
     assert dataset_row("train", 7)["scene"] != row["scene"]
     scene = scene_of("test", 7)[0]
     assert Scene.from_json(scene.to_json()) == scene
-    with pytest.raises(ValueError, match=r"Got split 'dev'; need one of train, validation, test"):
+    with pytest.raises(ValueError, match=r"Got split 'dev'; need one of train, validation, test, classes"):
         scene_of("dev", 0)
 
 
@@ -206,8 +206,9 @@ def test_a_class_is_the_kind_and_colour_that_all_shapes_share(scenes) -> None:
 
 
 def test_the_data_set_is_written_whole_and_read_by_its_adapter(tmp_path) -> None:
-    folder = write_dataset(tmp_path / "shapes", {"train": 20, "test": 5})
-    assert sorted(p.name for p in folder.iterdir()) == ["test.parquet", "train.parquet"]
+    folder = write_dataset(tmp_path / "shapes", {"train": 20, "classes": 10, "test": 5})
+    labels = read_source(folder, "shapes", split="classes").rows["label"]
+    assert None not in labels.to_pylist()
     source = read_source(folder, "shapes", split="test")
     assert len(source) == 5
     rng = np.random.default_rng(0)

@@ -141,6 +141,22 @@ def test_a_model_of_another_tokenizer_is_refused(pictures, run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_preset_starts_with_the_vae_of_another_run_and_refuses_one_of_other_sizes(pictures, run, tmp_path):
+    given = ["stages.tokenizer=", "stages.vae=", f"processor={run / 'processor'}", f"model.vae_from={run / 'final'}"]
+    still = ["stages.diffusion.max_steps=1", "stages.diffusion.save_steps=1", "stages.diffusion.freeze=vae"]
+    other = "model.config.hidden_size=64"  # of the blocks: the VAE does not mind
+    final = run_recipe(recipe(pictures, tmp_path / "run", *given, *still, other))
+    before, after = (load_file(folder / "model.safetensors") for folder in (run / "final", final))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("model.vae."))
+    with pytest.raises(
+        ValueError, match=r"with hidden_size 32 for a model with 48; need a VAE of the same sizes; set"
+    ):
+        run_recipe(recipe(pictures, tmp_path / "other", *given, "model.config.vae_config.hidden_size=48"))
+    both = f"model={{from: {run / 'final'}, vae_from: {run / 'final'}}}"
+    with pytest.raises(ValueError, match="Got model.vae_from beside 'from', which has a VAE"):
+        recipe(pictures, tmp_path / "both", *given[:3], both)
+
+
 def test_a_caption_beyond_the_limit_does_not_widen_every_canvas(pictures, tmp_path):
     long = tmp_path / "long"
     shutil.copytree(pictures, long)

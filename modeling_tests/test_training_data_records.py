@@ -173,3 +173,14 @@ def test_an_unknown_task_is_refused_by_name_and_the_digits_tasks_are_among_ours(
     with pytest.raises(ValueError, match="Got task 'video'; choose one of class_to_image"):
         conversation_of(full_record(), "video", rng())
     assert TASKS[: len(DIGITS_TASKS)] == DIGITS_TASKS
+
+
+def test_prompts_take_half_of_text_to_image_and_nothing_else() -> None:
+    record = Record(image=PICTURE, captions=["a red circle"], prompts=["a circle"])
+    drawn = [conversation_of(record, "text_to_image", np.random.default_rng(i), 0.0)["messages"] for i in range(400)]
+    asked = [messages[0]["content"][0]["text"] for messages in drawn]
+    assert 0.4 < asked.count("a circle") / len(asked) < 0.6
+    for task in ("image_to_text", "image_and_text"):
+        said = [conversation_of(record, task, np.random.default_rng(i))["messages"] for i in range(20)]
+        assert all(part.get("text") != "a circle" for m in said for turn in m for part in turn["content"])
+    assert list(record.texts()) == ["a red circle", "a circle"]

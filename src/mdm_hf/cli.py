@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shapes.add_argument("--output", type=Path, default="data/shapes", help="new folder (default: %(default)s)")
     shapes.add_argument("--train", type=_count, default=24_000, help="scenes to train on (default: %(default)s)")
+    shapes.add_argument("--classes", type=_count, default=6_000, help="... of one class each (default: %(default)s)")
     shapes.add_argument("--validation", type=_count, default=1_000, help="... to tune on (default: %(default)s)")
     shapes.add_argument("--test", type=_count, default=2_000, help="... to report on (default: %(default)s)")
 
@@ -182,6 +183,22 @@ def _parser() -> argparse.ArgumentParser:
         help="what a run keeps, to go on with after a kill (default: %(default)s)",
     )
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
+
+    again = command(
+        "reproduce",
+        _reproduce,
+        "run one of the paper's ablations on the shapes world: a table, a plot, a JSON",
+        "mdm reproduce table3 --cpu-seconds 1200",
+    )
+    again.add_argument("experiment", help="table3, sharing, objective, vae, solver or guidance")
+    again.add_argument("--recipe", type=Path, default="recipes/shapes.yaml", help="what varies (default: %(default)s)")
+    again.add_argument("--output", type=Path, default="runs/reproduce", help="folder (default: %(default)s)")
+    again.add_argument("--trained", help="a trained model, for solver and guidance; else one is trained")
+    again.add_argument(
+        "--cpu-seconds", type=float, default=1200, help="of training, for each variant (default: %(default)s)"
+    )
+    again.add_argument("--num-samples", type=_sample_count, default=200, help="a task (default: %(default)s)")
+    again.add_argument("--seed", type=int, default=0, help="of training and samples (default: %(default)s)")
     return parser
 
 
@@ -259,7 +276,7 @@ def _train(options) -> None:
 def _make_shapes(options) -> None:
     from .evaluation.shapes_world import write_dataset
 
-    sizes = {split: getattr(options, split) for split in ("train", "validation", "test")}
+    sizes = {split: getattr(options, split) for split in ("train", "classes", "validation", "test")}
     print(f"Wrote {write_dataset(options.output, sizes).resolve()}.")
 
 
@@ -298,6 +315,22 @@ def _evaluate(options) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _reproduce(options) -> None:
+    from .evaluation.reproduce import reproduce, table
+
+    found = reproduce(
+        options.experiment,
+        options.recipe,
+        options.output,
+        options.trained,
+        options.cpu_seconds,
+        options.num_samples,
+        options.seed,
+    )
+    print(table(found))
+    print(f"Wrote {(options.output / options.experiment).resolve()}.json, .md and .png.")
 
 
 if __name__ == "__main__":

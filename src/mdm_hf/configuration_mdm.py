@@ -95,6 +95,8 @@ class MDMConfig(PreTrainedConfig):
         num_candidates: Number of earlier states in `"score_entropy_sampled"`.
         kl_weight: beta of Eq. 18.
         diffusion_weight: lambda of Eq. 18.
+        detach_latents: Keep L_se from training the VAE. False is Eq. 18 read literally: what is easiest to denoise is
+            then learned, not what says most of the data; there for the ablation.
         pinned_timestep_probability: Where a row targets both modalities, the probability that training pins the
             timestep of one of them to 0 (it is known) or 1 (it is pure noise); lagged sampling passes through both.
         time_step_min, time_step_max, time_step_floor: Range of dt at initialisation.
@@ -142,6 +144,7 @@ class MDMConfig(PreTrainedConfig):
     num_candidates: int = 8
     kl_weight: float | int = 1e-2
     diffusion_weight: float | int = 1.0
+    detach_latents: bool = True
     pinned_timestep_probability: float | int = 0.2
     time_step_min: float | int = 1e-3
     time_step_max: float | int = 1e-1

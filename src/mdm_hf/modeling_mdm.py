@@ -429,7 +429,8 @@ class MDMModel(MDMPreTrainedModel):
         if self.training:
             sampled = posterior.sample(normal[1].to(clean.dtype))
             clean = torch.where(layout.is_target.unsqueeze(-1), sampled, clean)
-        z_0 = clean.detach().float()  # L_se never trains the encoder: it would shrink or inflate the latents
+        # L_se never trains the encoder, unless asked to: it would shrink or inflate the latents
+        z_0 = (clean.detach() if self.config.detach_latents else clean).float()
         timesteps = self.timesteps_from(uniform, layout) if timesteps is None else timesteps.float()
         noise = normal[0] if noise is None else noise.float()
         level = self.alpha_bar_at(layout, timesteps)

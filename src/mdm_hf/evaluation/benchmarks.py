@@ -21,6 +21,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "digits": Benchmark("digits:run", "the six tasks of mdm-digits, judged by a classifier"),
+    "shapes": Benchmark("shapes:run", "the paper's tasks on the shapes world, judged by a program"),
     "fid": Benchmark("image_quality:run", "FID, IS, precision and recall of pictures"),
     "coco-captions": Benchmark("captioning:run", "CIDEr of captions, COCO's files"),
     "flickr30k-captions": Benchmark("captioning:run", "CIDEr of captions, Karpathy's split of Flickr30K"),

@@ -32,7 +32,7 @@ RADII = {"small": 4.0, "large": 6.0}  # pixels, from the middle to the far end
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 GROUNDS = ("plain", "rows", "columns", "checks")
 NUMBERS = ("none", "one", "two", "three", "four")
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+SPLITS = {"train": 0, "validation": 1, "test": 2, "classes": 3}  # the last: training scenes that have a class
 CLASSES = tuple(f"{colour} {kind}" for kind in KINDS for colour in COLOURS)  # scenes whose shapes are all alike
 
 FRAMES = ("{}", "a picture of {}", "a scene with {}", "i see {}", "you can see {}", "this shows {}")
@@ -77,12 +77,12 @@ class Scene:
         return cls(shapes, **fields)
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene at random: 1 to 4 shapes; in four of ten all of one kind, in half of these of one colour too."""
+def draw_scene(rng: np.random.Generator, likeness: float | None = None) -> Scene:
+    """A scene at random: 1 to 4 shapes; below a likeness of 0.4 all of one kind, below 0.2 of one colour too."""
     number = int(rng.integers(1, 5))
     places = sorted(rng.choice(4, number, replace=False).tolist())
     kinds, colours = rng.choice(KINDS, number).tolist(), rng.choice(tuple(COLOURS), number).tolist()
-    likeness = rng.random()
+    likeness = rng.random() if likeness is None else likeness
     if likeness < 0.4:
         kinds = kinds[:1] * number
     if likeness < 0.2:
@@ -100,20 +100,20 @@ def scene_of(split: str, index: int) -> tuple[Scene, np.random.Generator]:
     if split not in SPLITS:
         raise ValueError(f"Got split {split!r}; need one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng((SPLITS[split], index))
-    return draw_scene(rng), rng
+    return draw_scene(rng, 0.0 if split == "classes" else None), rng
 
 
 def render(scene: Scene) -> Image.Image:
     """The scene as a 32x32 RGB picture, its edges smoothed by four samples a pixel side."""
-    samples = 4
-    at = (np.arange(SIZE * samples) + 0.5) / samples
-    x, y = at[None, :], at[:, None]
+    samples, half = 4, SIZE // 2
+    at = (np.arange(half * samples) + 0.5) / samples - half / 2  # seen from the middle of a quarter
     pixels = np.repeat(_ground(scene)[..., None], 3, axis=2)
     for shape in scene.shapes:
-        middle = SIZE / 4 + np.array([shape.place % 2, shape.place // 2]) * SIZE / 2 + np.array(shape.shift)
-        inside = covers(shape.kind, x - middle[0], y - middle[1], RADII[shape.size])
-        alpha = inside.reshape(SIZE, samples, SIZE, samples).mean((1, 3))[..., None]
-        pixels = (1 - alpha) * pixels + alpha * np.array(COLOURS[shape.colour])
+        (dx, dy), top, left = shape.shift, shape.place // 2 * half, shape.place % 2 * half
+        inside = covers(shape.kind, at[None, :] - dx, at[:, None] - dy, RADII[shape.size])
+        alpha = inside.reshape(half, samples, half, samples).mean((1, 3))[..., None]
+        quarter = pixels[top : top + half, left : left + half]
+        quarter += alpha * (np.array(COLOURS[shape.colour]) - quarter)
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
@@ -308,11 +308,13 @@ def write_dataset(folder: str | Path, sizes: dict[str, int]) -> Path:
     )
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    (unfinished / "data").mkdir(parents=True)
     for split, number in sizes.items():
         rows = [dataset_row(split, i) for i in tqdm(range(number), desc=split, unit="scenes")]
         columns = {name: [row[name] for row in rows] for name in features}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(unfinished / f"{split}.parquet")
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            unfinished / "data" / f"{split}-00000-of-00001.parquet"
+        )
     if folder.exists():
         folder.rmdir()
     unfinished.rename(folder)

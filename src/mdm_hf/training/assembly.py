@@ -86,6 +86,9 @@ def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | Non
     if previous is not None:
         return MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, **changes)
     model = MDMForMultiModalGeneration(make_config(recipe, processor))
+    if "vae_from" in recipe["model"]:
+        trained = MDMForMultiModalGeneration.from_pretrained(recipe["model"]["vae_from"], dtype=torch.float32)
+        model.model.vae.load_state_dict(trained.model.vae.state_dict())
     return model if model.config.pixel_autoencoder is None else model.load_pixel_autoencoder()
 
 
@@ -109,6 +112,15 @@ def make_config(recipe: dict, processor: MDMProcessor | None) -> MDMConfig:
     vae = MDM_PRESETS[name]["vae_config"] | decided | changes.pop("vae_config", {})
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = MDMConfig.from_preset(name, **(classes | changes | {"vae_config": vae}))
+    if source := recipe["model"].get("vae_from"):
+        own, given = vars(config.vae_config), vars(MDMConfig.from_pretrained(source).vae_config)
+        sizes = ("vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers")
+        if unlike := [name for name in sizes if own[name] != given[name]]:
+            name = unlike[0]
+            raise ValueError(
+                f"Got model.vae_from {source} with {name} {given[name]} for a model with {own[name]}; need a VAE of "
+                f"the same sizes; set model.config.vae_config.{name}={given[name]}."
+            )
     if not autoencoder:
         return config
     config = config.with_pixel_autoencoder(**autoencoder)

@@ -2,7 +2,7 @@
 
 output_dir: runs/digits          # gets a folder for each stage, and final/
 seed: 0
-model:                           # preset or from, and what differs
+model:                           # preset or from, and what differs; vae_from, a folder whose VAE a preset starts with
   preset: mdm-digits
   config: {scan_sharing: shared}
 processor: model_cards/mdm-digits    # or how to build one, in the tokenizer stage
@@ -29,7 +29,7 @@ from .records import TASKS
 
 STAGES = ("tokenizer", "vae", "diffusion", "instruct")
 TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
-MODEL = ("preset", "from", "config", "pixel_autoencoder")
+MODEL = ("preset", "from", "vae_from", "config", "pixel_autoencoder")
 PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
     "max_new_tokens",
     "num_classes",
@@ -119,6 +119,8 @@ def check_recipe(recipe: dict) -> None:
         raise ValueError(
             "Got a model with both or neither of 'preset' and 'from'; need one: a size to start afresh, or a folder."
         )
+    if "vae_from" in model and "from" in model:
+        raise ValueError("Got model.vae_from beside 'from', which has a VAE; need one of the two; take one away.")
     config = _typed("model.config", model.get("config") or {}, dict, "keys under it")
     _known("model.config", config, list(MDMConfig.__dataclass_fields__))
     vae_config = _typed("model.config.vae_config", config.get("vae_config", {}), dict, "keys under it")

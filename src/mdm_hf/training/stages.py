@@ -118,9 +118,9 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
             if name != "tokenizer":
                 make_mix(recipe, name, 1, 1, processor)
         make_eval_mix(recipe, 1, processor)
-        if "from" in recipe["model"]:
-            check_fits(recipe["model"]["from"], processor)
-        else:
+        for key in {"from", "vae_from"} & set(recipe["model"]):
+            check_fits(recipe["model"][key], processor)
+        if "from" not in recipe["model"]:
             make_config(recipe, processor)
     else:
         make_sources(recipe["data"])

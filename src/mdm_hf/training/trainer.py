@@ -83,7 +83,7 @@ class EMACallback(TrainerCallback):
         self.resume_from: Path | None = None  # a checkpoint's folder
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.ema = EMAModel(_trained(model), decay=self.decay)
+        self.ema = EMAModel(trained_parameters(model), decay=self.decay)
         if self.resume_from is None:
             return
         path = self.resume_from / EMA_FILE
@@ -98,7 +98,7 @@ class EMACallback(TrainerCallback):
         self.ema.optimization_step = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.ema.step(_trained(model))
+        self.ema.step(trained_parameters(model))
 
     def save(self, folder: Path, is_main_process: bool = True):
         """Writes the average as the unsharded model has it; every process has to call this."""
@@ -109,13 +109,14 @@ class EMACallback(TrainerCallback):
     def swap_in(self, model):
         """Puts the averaged weights into `model`; `swap_out` brings the trained ones back."""
         self.ema.store(_trained_at_rest(model))
-        self.ema.copy_to(_trained(model))
+        self.ema.copy_to(trained_parameters(model))
 
     def swap_out(self, model):
         self.ema.restore(_trained_at_rest(model))
 
 
-def _trained(model) -> list:
+def trained_parameters(model) -> list:
+    """What a moving average is kept of, in the order of its file."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -124,7 +125,7 @@ def _trained_at_rest(model) -> list:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return _trained(model)
+    return trained_parameters(model)
 
 
 class SampleGridCallback(TrainerCallback):

@@ -1,0 +1,118 @@
+"""How do the scores of a run on the shapes world grow with its steps?
+
+The average of each checkpoint, which is what would have been published there, is scored by the shapes benchmark. What
+to expect: which shapes and colours a text asks for comes before how many and where, drawing before describing, and
+what is still rising at the last checkpoint was cut off, not finished. A run keeps its checkpoints with
+stages.diffusion.save_total_limit=100.
+
+    python benchmarks/learning_curve.py --small                              # a minute, shows that it runs
+    python benchmarks/learning_curve.py --run runs/shapes/diffusion --processor runs/shapes/processor \
+        --output docs/learning_curve.json --plot docs/images/learning_curve.png
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf.evaluation.shapes import ShapesBenchmark
+from mdm_hf.evaluation.shapes_world import write_dataset
+from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.stages import run_recipe
+from mdm_hf.training.trainer import EMA_FILE, trained_parameters
+
+
+CURVES = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "text_only", "image_and_text")
+
+
+def averaged(checkpoint: Path) -> MDMForMultiModalGeneration:
+    """The model of a checkpoint with the moving average of its weights."""
+    model = MDMForMultiModalGeneration.from_pretrained(checkpoint)
+    average = load_file(checkpoint / EMA_FILE)
+    with torch.no_grad():
+        for i, parameter in enumerate(trained_parameters(model)):
+            parameter.copy_(average[str(i)])
+    return model
+
+
+def curve(run: Path, processor: MDMProcessor, sampling: dict, num_samples: int, known: list[dict]) -> list[dict]:
+    """The scores of every checkpoint of a run, in order; those in `known` are not scored again."""
+    steps = sorted(int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*"))
+    points = {point["step"]: point for point in known}
+    for step in steps:
+        if step not in points:
+            pipe = MDMPipeline(averaged(run / f"checkpoint-{step}"), processor)
+            pipe.set_progress_bar_config(disable=True)
+            found = ShapesBenchmark(pipe, num_samples, sampling, split="validation").run()
+            points[step] = {"step": step, **{key: found[key] for key in ("scores", "intervals", "settings")}}
+            print(json.dumps({"step": step} | {name: found["scores"][name] for name in CURVES}), flush=True)
+    return [points[step] for step in sorted(points)]
+
+
+def plot(points: list[dict], path: Path) -> None:
+    """One line a task, its 95% interval shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
+    steps = [point["step"] for point in points]
+    for name in CURVES:
+        low, high = zip(*(point["intervals"][name] for point in points), strict=True)
+        [line] = axis.plot(steps, [p["scores"][name] for p in points], marker="o", label=name.replace("_", " "))
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
+    axis.set(xlabel="optimiser steps", ylabel="share right", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def small_run(folder: Path) -> Path:
+    """A run of a few steps of a tiny model."""
+    write_dataset(folder / "data", {"train": 40, "classes": 20})
+    changes = ["model.config={hidden_size: 32, num_hidden_layers: 1, vae_config: {latent_size: 8, hidden_size: 32}}"]
+    changes += [f"output_dir={folder / 'run'}", "stages.vae=", "stages.diffusion.report_to=none"]
+    changes += [f"data.{name}.path={folder / 'data'}" for name in ("scenes", "classes")]
+    changes += [f"stages.diffusion.{key}=2" for key in ("save_steps", "per_device_train_batch_size")]
+    run_recipe(load_recipe("recipes/shapes.yaml", [*changes, "stages.diffusion.max_steps=4"]))
+    return folder / "run"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a few steps of a tiny model that show that it runs")
+    parser.add_argument("--run", type=Path, default="runs/shapes/diffusion", help="folder with checkpoints")
+    parser.add_argument("--processor", default="runs/shapes/processor")
+    parser.add_argument("--num-samples", type=int, default=100, help="a task, of the validation split")
+    parser.add_argument("--steps", type=int, default=20, help="solver steps")
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--text-temperature", type=float, default=0.7)
+    parser.add_argument("--output", type=Path, help="JSON of the points; those in it are not made again")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.small:
+            made = small_run(Path(scratch))
+            options.run, options.processor = made / "diffusion", made / "processor"
+            options.num_samples, options.steps = 65, 1
+        known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else []
+        sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+        sampling |= {"text_guidance_scale": 1.0, "text_temperature": options.text_temperature}
+        points = curve(
+            options.run, MDMProcessor.from_pretrained(options.processor), sampling, options.num_samples, known
+        )
+    if options.output:
+        options.output.write_text(json.dumps(points, indent=1) + "\n")
+    if options.plot:
+        plot(points, options.plot)
+    print(json.dumps({point["step"]: {name: point["scores"][name] for name in CURVES} for point in points}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The shapes benchmark and the ablations on it: who answers rightly gets full marks, who does not gets none."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdm_hf.evaluation import reproduce as module
+from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, table
+from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark, cider
+from mdm_hf.evaluation.shapes_classifier import ShapesClassifier, accuracy
+from mdm_hf.evaluation.shapes_judge import Meaning, Mention, agree, read_pictures, read_text
+from mdm_hf.evaluation.shapes_world import (
+    CLASSES,
+    NUMBERS,
+    PLACES,
+    SPLITS,
+    Scene,
+    Shape,
+    caption,
+    draw_scene,
+    noun,
+    plural,
+    render,
+    riddle,
+    scene_of,
+    write_dataset,
+)
+
+
+COUNT = 65
+
+
+class Oracle:
+    """Called like MDMPipeline, it does what it is asked: by another way than the one the questions are made."""
+
+    def __init__(self, seed: int = 0):
+        self.rng = np.random.default_rng(0)
+        riddles_of_the_benchmark = np.random.default_rng((SPLITS["test"], seed, 1))
+        self.riddles = dict(riddle(riddles_of_the_benchmark)[:2] for _ in range(COUNT))
+
+    def __call__(self, text=None, images=None, class_ids=None, generate="image", **options) -> list[dict]:
+        count = len(next(column for column in (text, images, class_ids) if column is not None))
+        texts, pictures, classes = (column or [None] * count for column in (text, images, class_ids))
+        return [self.one(*row, generate) for row in zip(texts, pictures, classes, strict=True)]
+
+    def one(self, text, image, class_id, generate) -> dict:
+        if image is not None:
+            [shapes] = read_pictures([image])
+            said = caption(Scene(shapes), self.rng) if text is None else self.answer(text, shapes)
+            return {"text": [said], "images": []}
+        if class_id is not None:
+            colour, kind = CLASSES[class_id].split()
+            return {"text": [], "images": [self.drawn((Mention(kind, colour),))]}
+        if generate == "text":
+            return {"text": [self.riddles[text]], "images": []}
+        if text is None:
+            scene = draw_scene(self.rng)
+            return {"text": [caption(scene, self.rng)], "images": [render(scene)]}
+        meaning = read_text(text)
+        return {"text": [], "images": [self.drawn(meaning.mentions, meaning.relation)]}
+
+    def drawn(self, mentions: tuple[Mention, ...], relation: str | None = None) -> Image.Image:
+        """Scenes at random until one is as it is said."""
+        each = [mention for mention in mentions for _ in range(mention.number)]
+        while True:
+            places = self.rng.permutation(4).tolist()
+            shapes = [
+                Shape(m.kind, m.colour or "red", m.size or "large", places[i] if m.place is None else m.place)
+                for i, m in enumerate(each)
+            ]
+            shapes.sort(key=lambda shape: shape.place)
+            distinct = len({shape.place for shape in shapes}) == len(shapes)
+            if distinct and agree(Meaning(mentions, relation), tuple(shapes)):
+                return render(Scene(tuple(shapes)))
+
+    def answer(self, question: str, shapes: tuple[Shape, ...]) -> str:
+        words = re.findall("[a-z]+", question)
+        if question.startswith("how many"):
+            return NUMBERS[sum(words[2] in ("shapes", plural(shape.kind)) for shape in shapes)]
+        if question.startswith("is there"):
+            return "yes" if any(noun(shape).split() == words[2:] for shape in shapes) else "no"
+        if question.startswith("what is"):
+            there = [shape for shape in shapes if PLACES[shape.place].split() == words[2:]]
+            return noun(there[0]) if there else "nothing"
+        told = {word for name in CLASSES for word in name.split()} & {*words}
+        [meant] = [shape for shape in shapes if told <= {shape.kind, shape.colour}]
+        asked = {"what colour": meant.colour, "which shape": meant.kind, "where is": PLACES[meant.place]}
+        return next((value for start, value in asked.items() if question.startswith(start)), meant.size)
+
+
+class Contrary(Oracle):
+    """It does what another one was asked."""
+
+    def __call__(self, **conditions) -> list[dict]:
+        results = super().__call__(**conditions)
+        texts = [result["text"] for result in results]
+        if conditions.get("text") is not None and conditions.get("generate") == "text":
+            return [{"text": ["perhaps"], "images": []} for _ in results]
+        images = [result["images"] for result in results]
+        return [{"text": t, "images": i} for t, i in zip(texts[1:] + texts[:1], images[2:] + images[:2], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def of_oracle() -> dict:
+    return ShapesBenchmark(Oracle(), COUNT).run()
+
+
+def test_who_does_all_that_is_asked_gets_full_marks(of_oracle) -> None:
+    scores = of_oracle["scores"]
+    exact = [name for name in scores if name.startswith(("text_to_image", "question_answering", "text_only"))]
+    for name in [*exact, "class_to_image", "image_to_text", "image_and_text"]:
+        if name != "question_answering_by_commonest_answer":
+            assert scores[name] == 1.0, name
+            assert of_oracle["intervals"][name] == [1.0, 1.0]
+    assert len([name for name in exact if name.startswith("text_to_image_")]) == 7
+    assert scores["question_answering_by_commonest_answer"] < 0.7
+    assert scores["image_to_text_cider"] > 0.8 * scores["image_to_text_cider_of_true_captions"] > 0.5
+
+
+def test_who_does_something_else_gets_next_to_nothing() -> None:
+    scores = ShapesBenchmark(Contrary(), COUNT).run()["scores"]
+    for name in ("class_to_image", "image_to_text", "question_answering", "text_only_written", "image_and_text"):
+        assert scores[name] < 0.1, name
+    assert scores["text_to_image"] < 0.4  # "a circle" is often another one's wish too
+
+
+def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
+    settings = of_oracle["settings"]
+    assert (settings["split"], settings["num_samples"], settings["seed"]) == ("test", COUNT, 0)
+    other = ShapesBenchmark(Oracle(1), COUNT, seed=1)
+    assert other.run(["text_only"])["settings"]["hash"] != settings["hash"]
+    [(nothing, said, is_right), *_] = other.examples["text_only_written"]
+    assert nothing is None
+    assert "?" in said
+    assert is_right
+    with pytest.raises(ValueError, match=r"Got tasks dance; need some of class_to_image, text_to_image"):
+        other.run(["dance"])
+    with pytest.raises(ValueError, match=r"Got num_samples 64; need more than 64"):
+        ShapesBenchmark(Oracle(), 64)
+
+
+def test_the_shipped_classifier_knows_the_scenes() -> None:
+    assert accuracy(ShapesClassifier.from_pretrained(), [scene_of("test", i)[0] for i in range(200)]) >= 0.99
+
+
+def test_a_distance_grows_with_what_is_wrong_with_the_pictures(of_oracle) -> None:
+    """The oracle's pictures of a class have one shape on a plain ground: far from the real ones' one to four."""
+    scores = of_oracle["scores"]
+    assert 0 < scores["shapes_frechet_distance_of_training_images"] < 0.8 * scores["shapes_frechet_distance"]
+    assert scores["shapes_recall"] < 0.9
+    assert 1 < scores["shapes_classifier_score"] < scores["shapes_classifier_score_of_real_images"] <= 25
+
+
+def test_cider_is_ten_for_the_only_reference_and_nothing_for_other_words() -> None:
+    references = [["a red circle and a blue square"], ["two green crosses"], ["a pink triangle top left"]]
+    same = cider([some[0] for some in references], references)
+    assert same == pytest.approx([10.0] * 3, rel=1e-6) or same.mean() > 5  # of three words there is no 4-gram
+    assert cider(["perhaps", "perhaps", "perhaps"], references) == pytest.approx([0.0] * 3)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    write_dataset(folder / "data", {"train": 40, "classes": 10})
+    text = f"""
+output_dir: {folder / "run"}
+model:
+  preset: mdm-digits
+  config: {{hidden_size: 32, num_hidden_layers: 2, vae_config: {{hidden_size: 32, latent_size: 8}}}}
+processor: {{image_size: [32, 32], patch_size: 8, num_channels: 3, num_classes: 24, max_new_tokens: 21}}
+data: {{scenes: {{path: {folder / "data"}, adapter: shapes}}}}
+stages:
+  tokenizer: {{vocab_size: 420}}
+  vae: {{max_steps: 2, report_to: none}}
+  diffusion: {{max_steps: 4, warmup_steps: 2, lr_scheduler_type: cosine}}
+"""
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_it_stopped(
+    recipe, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "TIMED", (1, 3))
+    variants = {
+        "detached": Variant(),
+        "attached": Variant(("model.config.detach_latents=false",)),
+        "two steps": Variant((), {"num_inference_steps": 2}, {"solver_order": 1}),
+        "ancestral": Variant((), {"num_inference_steps": 3}, {"ddpm": True}),
+    }
+    monkeypatch.setitem(EXPERIMENTS, "vae", Experiment("Which?", variants, ("image_and_text",)))
+    found = reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT)
+    assert [row["variant"] for row in found["rows"]] == list(variants)
+    assert len({row["settings"]["hash"] for row in found["rows"]}) == 3  # the first two sample alike
+    first, second, *others = (row["training"] for row in found["rows"])
+    assert first["steps"] > 0
+    assert second["changes"] == ["model.config.detach_latents=false"]
+    assert all(one == first for one in others)
+    assert len(list((tmp_path / "models").glob("*/final"))) == 3  # the VAE's, and two
+    kept = json.loads((tmp_path / "vae.json").read_text())
+    assert kept == json.loads(json.dumps(found))
+    assert (tmp_path / "vae.png").stat().st_size > 1000
+    said = table(found)
+    assert said.count("\n| ") == 5
+    assert "image and text" in said
+    monkeypatch.setattr(module, "run_recipe", None)  # nothing is trained again
+    monkeypatch.setattr(module, "ShapesBenchmark", None)  # nor scored
+    assert json.loads(json.dumps(reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT))) == kept
+
+
+def test_experiments_are_named_in_the_help_and_unknown_ones_refused(recipe, tmp_path, capsys) -> None:
+    from mdm_hf.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in EXPERIMENTS)
+    assert main(["reproduce", "table9", "--recipe", str(recipe), "--output", str(tmp_path)]) == 2
+    assert "Got the experiment 'table9'; need one of table3, sharing" in capsys.readouterr().err
+
+
+def test_every_task_of_the_benchmark_is_a_task_of_an_experiment() -> None:
+    assert set(TASKS) == {task for experiment in EXPERIMENTS.values() for task in experiment.tasks}

@@ -1,0 +1,272 @@
+"""The paper's ablations on the shapes world, each by one command: `mdm reproduce table3`.
+
+- Variants of an experiment differ in what it asks about and in nothing else: data, seed, batches, parameters (to a few
+  in a hundred), solver, and seconds of the processor, measured for each before it starts, are the same.
+- The unified VAE is trained once and given to all of them.
+- What is trained or scored is kept in the output folder under its settings' hash: a command that was stopped goes on
+  where it was, and experiments share the variants that they have in common.
+"""
+
+import copy
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from transformers.utils import logging
+
+from ..pipeline_mdm import MDMPipeline
+from ..training.recipe import load_recipe
+from ..training.stages import run_recipe
+from .results import model_id, settings_hash
+from .shapes import TASKS, ShapesBenchmark
+
+
+logger = logging.get_logger(__name__)
+
+TIMED = (20, 60)  # steps between which a variant's pace is measured
+SHOWN = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "text_only", "image_and_text")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs: changes to the recipe, the sampling, the solver."""
+
+    changes: tuple[str, ...] = ()
+    sampling: dict = field(default_factory=dict)
+    solver: dict | None = None  # options of the model's own, or "ddpm": True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked, and the variants that answer it."""
+
+    question: str
+    variants: dict[str, Variant]
+    tasks: tuple[str, ...] = TASKS
+
+
+def _config(**fields) -> Variant:
+    return Variant(tuple(f"model.config.{name}={json.dumps(value)}" for name, value in fields.items()))
+
+
+OURS = Variant()
+EXPERIMENTS = {
+    "table3": Experiment(
+        "Mamba-2 read in 4 + 2 directions, in 2 + 1, or a Transformer in its place (the paper's Table 3)?",
+        {
+            "mamba 4+2": OURS,
+            "mamba 2+1": _config(scan_directions=[2, 1]),
+            "transformer": _config(backbone="transformer"),
+        },
+    ),
+    "sharing": Experiment(
+        "What do the directions of a block share?",
+        {
+            "shared": OURS,
+            "independent": _config(scan_sharing="independent"),
+            "alternate": _config(scan_sharing="alternate"),
+        },
+    ),
+    "objective": Experiment(
+        "Score entropy in closed form, sampled, or the squared error of the noise?",
+        {
+            "exact": OURS,
+            "sampled": _config(diffusion_loss="score_entropy_sampled"),
+            "epsilon": _config(diffusion_loss="ddpm_epsilon"),
+        },
+    ),
+    "vae": Experiment(
+        "Does the diffusion loss train the VAE?", {"detached": OURS, "attached": _config(detach_latents=False)}
+    ),
+    "solver": Experiment(
+        "How many steps of which order come up to a thousand steps of DDPM?",
+        {
+            **{
+                f"order {order}, {steps} steps": Variant((), {"num_inference_steps": steps}, {"solver_order": order})
+                for order in (1, 2)
+                for steps in (5, 10, 20, 50)
+            },
+            "DDPM, 1000 steps": Variant((), {"num_inference_steps": 1000}, {"ddpm": True}),
+        },
+        ("class_to_image", "image_to_text"),
+    ),
+    "guidance": Experiment(
+        "How much guidance?",
+        {f"{scale}": Variant((), {"guidance_scale": scale}) for scale in (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)},
+        ("class_to_image", "text_to_image", "image_and_text"),
+    ),
+}
+
+
+def reproduce(
+    name: str,
+    recipe: str | Path,
+    output: str | Path,
+    model: str | None = None,
+    cpu_seconds: float = 1200,
+    num_samples: int = 200,
+    seed: int = 0,
+) -> dict:
+    """Runs an experiment and writes `name.json`, `name.md` and `name.png`.
+
+    Args:
+        name: One of `EXPERIMENTS`.
+        recipe: The variants' recipe but for what they change; it ends with a diffusion stage.
+        output: Folder of the results; models and finished scores are kept below it.
+        model: The trained model that solvers and guidance are tried on; trained as the first variant of the others if
+            None.
+        cpu_seconds: Processor time of this process that each variant is trained for.
+        num_samples: Of each task.
+
+    Returns:
+        The experiment's question and a row for each variant: scores, intervals, settings, steps, seconds, parameters.
+
+    Raises:
+        ValueError: no such experiment; what recipe and benchmark refuse.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"Got the experiment {name!r}; need one of {', '.join(EXPERIMENTS)}.")
+    experiment, output = EXPERIMENTS[name], Path(output)
+    rows = []
+    for label, variant in experiment.variants.items():
+        folder = output / "models"
+        where = Path(model) if model else trained(recipe, variant.changes, folder, cpu_seconds, seed)
+        rows.append(
+            {"variant": label} | scored(where, variant, experiment.tasks, output / "scores", num_samples, seed)
+        )
+        logger.info(f"{name}, {label}: {rows[-1]['scores']}")
+    found = {"experiment": name, "question": experiment.question, "rows": rows}
+    (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (output / f"{name}.md").write_text(table(found), encoding="utf-8")
+    plot([found], output / f"{name}.png")
+    return found
+
+
+def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seconds: float, seed: int) -> Path:
+    """The folder of a model trained by `recipe` with `changes` for so many seconds of the processor, made if need be.
+
+    Beside the model `budget.json` says what it took.
+    """
+    base = load_recipe(recipe, [f"seed={seed}", *changes])
+    shared = folder / f"vae-{settings_hash({'recipe': _without(load_recipe(recipe, [f'seed={seed}']), 'diffusion')})}"
+    if not (shared / "final").is_dir():
+        of_vae = _without(load_recipe(recipe, [f"seed={seed}"]), "diffusion") | {"output_dir": str(shared)}
+        run_recipe(of_vae, resume=shared.is_dir())
+    base = _without(base, "tokenizer", "vae") | {"processor": str(shared / "final")}
+    base["model"] = base["model"] | {"vae_from": str(shared / "final")}
+    target = folder / settings_hash({"recipe": base, "cpu_seconds": cpu_seconds})
+    if (target / "final").is_dir():
+        return target / "final"
+    budget = target.with_suffix(".json")
+    if not budget.is_file():
+        pace = seconds_a_step(base, target.with_name(f".timed-{target.name}"))
+        steps = max(1, int(cpu_seconds / pace))
+        folder.mkdir(parents=True, exist_ok=True)
+        budget.write_text(json.dumps({"steps": steps, "cpu_seconds_a_step": round(pace, 4), "changes": list(changes)}))
+    facts = json.loads(budget.read_text())
+    started = time.process_time()
+    run_recipe(_for_steps(base, target, facts["steps"]), resume=target.is_dir())
+    facts["cpu_seconds"] = round(time.process_time() - started, 1)
+    (target / "final" / "budget.json").write_text(json.dumps(facts) + "\n")
+    return target / "final"
+
+
+def seconds_a_step(recipe: dict, scratch: Path) -> float:
+    """Processor seconds that an optimiser step of a recipe takes, its data included."""
+    at: list[float] = []
+    first, last = TIMED
+    timed = _for_steps(recipe, scratch, last)
+    timed["stages"]["diffusion"] |= {"sample_every": first, "save_steps": last}
+    shutil.rmtree(scratch, ignore_errors=True)
+    run_recipe(timed, draw=lambda model, step: at.append(time.process_time()))
+    shutil.rmtree(scratch)
+    return (at[-1] - at[0]) / (last - first)
+
+
+def _for_steps(recipe: dict, folder: Path, steps: int) -> dict:
+    recipe = copy.deepcopy(recipe) | {"output_dir": str(folder)}
+    stage = recipe["stages"]["diffusion"]
+    stage |= {"max_steps": steps, "save_steps": max(1, steps // 4), "sample_every": steps + 1, "report_to": "none"}
+    stage["warmup_steps"] = min(stage.get("warmup_steps", 0), steps // 20)
+    return recipe
+
+
+def _without(recipe: dict, *stages: str) -> dict:
+    left = {name: stage for name, stage in recipe["stages"].items() if name not in stages}
+    return copy.deepcopy(recipe | {"stages": left})
+
+
+def scored(where: Path, variant: Variant, tasks: tuple[str, ...], folder: Path, num_samples: int, seed: int) -> dict:
+    """The result of the shapes benchmark, with what the model took to train; kept in `folder`."""
+    facts = {"model": model_id(str(where)), "sampling": variant.sampling, "solver": variant.solver, "tasks": tasks}
+    kept = folder / f"{settings_hash(facts | {'num_samples': num_samples, 'seed': seed})}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    pipe = MDMPipeline.from_pretrained(where)
+    pipe.set_progress_bar_config(disable=True)
+    if variant.solver:
+        options = dict(variant.solver)
+        kind = DDPMScheduler if options.pop("ddpm", False) else type(pipe.scheduler or pipe.model.default_scheduler())
+        pipe.scheduler = kind.from_config(pipe.model.default_scheduler().config, **options)
+    found = ShapesBenchmark(pipe, num_samples, variant.sampling, seed).run(tasks)
+    found["parameters"] = pipe.model.num_parameters()
+    budget = Path(where) / "budget.json"
+    found["training"] = json.loads(budget.read_text()) if budget.is_file() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def shown_scores(found: dict) -> list[str]:
+    """The names of the scores that a table of an experiment has, those of the plot first."""
+    names = [name for name in SHOWN if any(name in row["scores"] for row in found["rows"])]
+    return names + [n for n in ("shapes_frechet_distance", "image_to_text_cider") if n in found["rows"][0]["scores"]]
+
+
+def table(found: dict) -> str:
+    """An experiment as a table in Markdown, with 95% intervals."""
+    names = shown_scores(found)
+    heads = ["", *(name.replace("_", " ") for name in names), "parameters", "steps", "CPU s"]
+    lines = [found["question"], "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in found["rows"]:
+        cells = [row["variant"]]
+        for name in names:
+            value, ends = row["scores"].get(name), row["intervals"].get(name)
+            cells.append("" if value is None else f"{value:.3f}" + (f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends else ""))
+        budget = row.get("training") or {}
+        cells += [f"{row['parameters'] / 1e6:.2f}M", str(budget.get("steps", "")), f"{budget.get('cpu_seconds', '')}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(experiments: list[dict], path: Path) -> None:
+    """Bars of the main scores, a group a task and a colour a variant, with 95% intervals; a panel an experiment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(experiments), 1, figsize=(11, 3.6 * len(experiments)), constrained_layout=True, squeeze=False
+    )
+    for axis, found in zip(axes[:, 0], experiments, strict=True):
+        names = [name for name in SHOWN if any(name in row["scores"] for row in found["rows"])]
+        width = 0.8 / len(found["rows"])
+        for i, row in enumerate(found["rows"]):
+            at = [n + (i - (len(found["rows"]) - 1) / 2) * width for n in range(len(names))]
+            values = [row["scores"].get(name, float("nan")) for name in names]
+            ends = [row["intervals"].get(name, [value] * 2) for name, value in zip(names, values, strict=True)]
+            errors = [[max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)]]
+            errors.append([max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)])
+            axis.bar(at, values, width, yerr=errors, capsize=2, label=row["variant"])
+        axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axis.set_ylim(0, 1)
+        axis.set_title(found["question"], loc="left", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=8, ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,230 @@
+"""Scores of a model on the shapes world, in the shape of the paper's tables.
+
+| paper | here |
+|---|---|
+| ImageNet: FID, IS, precision, recall (Table 1) | class to image: the same statistics by our own small classifier |
+| COCO: GenEval (Table 1) | text to image by GenEval's categories: all that is named, and nothing else |
+| Flickr30K, COCO: CIDEr (Table 2) | captions: CIDEr, and whether the whole scene is told right |
+| VQAv2, VizWiz, OKVQA (Table 2) | answers to eight sorts of question |
+| HellaSwag ... (Table 2) | riddles without a picture: the likeliest of four answers, and the answer written out |
+| image and text at once (Fig. 3-4) | whether a picture and the caption made with it agree |
+
+Anything called like an MDMPipeline can be scored; what has no `score` has no likeliest answer.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..choice_scores import score_choices
+from ..pipeline_mdm import MDMPipeline
+from .image_quality import frechet_distance, inception_score, precision_and_recall
+from .results import SAMPLING, bootstrap_interval, result
+from .shapes_classifier import FEATURES, ShapesClassifier
+from .shapes_judge import agree, describes, read_pictures, read_text, same_answer
+from .shapes_world import CLASSES, PROMPTS, SPLITS, caption, prompts, questions, render, riddle, scene_of
+
+
+TASKS = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "text_only", "image_and_text")
+BATCH = 64
+SCORE_SAMPLES = 8  # draws of an answer's likelihood
+
+
+class ShapesBenchmark:
+    """One model on the six tasks.
+
+    Args:
+        pipe: Called like [`MDMPipeline`].
+        num_samples: Samples a task, and a category of text to image.
+        sampling: `num_inference_steps`, `guidance_scale`, ...; what is None or left out is the model's default.
+        seed: Of the samples, and of what is said of a scene.
+        split: "test", or "validation" to choose settings by.
+    """
+
+    def __init__(self, pipe, num_samples: int = 200, sampling: dict | None = None, seed: int = 0, split: str = "test"):
+        if num_samples <= FEATURES:
+            raise ValueError(
+                f"Got num_samples {num_samples}; need more than {FEATURES}, the features that the Frechet distance is "
+                "over."
+            )
+        self.pipe, self.num_samples, self.seed, self.split = pipe, num_samples, seed, split
+        self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
+        self.scores: dict[str, float] = {}
+        self.intervals: dict[str, list[float]] = {}
+        self.examples: dict[str, list[tuple[Image.Image | None, str, bool]]] = {}
+
+    def run(self, tasks: Sequence[str] = TASKS) -> dict:
+        """The result of `tasks`; `examples` then has the first of each task: picture, text, whether it is right."""
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise ValueError(f"Got tasks {', '.join(unknown)}; need some of {', '.join(TASKS)}.")
+        started = time.perf_counter()
+        for task in tasks:
+            getattr(self, task)()
+        defaults = getattr(getattr(self.pipe, "model", None), "generation_config", None)
+        names = ("num_inference_steps", *SAMPLING)
+        settings = {"benchmark": "shapes", "split": self.split, "tasks": list(tasks), "num_samples": self.num_samples}
+        settings |= {name: getattr(defaults, name, None) for name in names} | self.sampling | {"seed": self.seed}
+        return result(self.scores, self.intervals, settings, started, num_samples=self.num_samples)
+
+    def class_to_image(self) -> None:
+        """Pictures of the 24 classes in turn; the real ones are scenes of one class of this split."""
+        labels = np.arange(self.num_samples) % len(CLASSES)
+        images = [r["images"][0] for r in self._sample("class_to_image", class_ids=labels.tolist(), generate="image")]
+        read = read_pictures(images)
+        fits = [
+            bool(shapes) and {f"{s.colour} {s.kind}" for s in shapes} == {CLASSES[label]}
+            for shapes, label in zip(read, labels, strict=True)
+        ]
+        self._share("class_to_image", fits)
+        self._show("class_to_image", images, [CLASSES[label] for label in labels], fits)
+        real = [render(s) for s, _ in self._scenes(lambda scene: scene.class_id is not None, 1000)]
+        training = [render(scene_of("classes", i)[0]) for i in range(self.num_samples)]
+        classifier = ShapesClassifier.from_pretrained()
+        (of_real, real_classes), (of_made, classes), (floor, _) = map(classifier.of_pictures, (real, images, training))
+        inside, covered = precision_and_recall(of_real, of_made)
+        self.scores |= {
+            "shapes_frechet_distance": frechet_distance(of_made, of_real),
+            "shapes_frechet_distance_of_training_images": frechet_distance(floor, of_real),
+            "shapes_classifier_score": inception_score(classes, splits=1)[0],
+            "shapes_classifier_score_of_real_images": inception_score(real_classes, splits=1)[0],
+        }
+        self.intervals["shapes_classifier_score"] = bootstrap_interval(
+            classes, lambda p: inception_score(p, 1)[0], 200
+        )
+        self._share("shapes_precision", inside)
+        self._share("shapes_recall", covered)
+
+    def text_to_image(self) -> None:
+        """Every category of `PROMPTS`, and whole captions, which are not part of the mean."""
+        said: dict[str, list[str]] = {category: [] for category in (*PROMPTS, "description")}
+        for scene, rng in self._scenes():
+            possible = prompts(scene, rng) | {"description": caption(scene, rng)}
+            for category, text in possible.items():
+                if len(said[category]) < self.num_samples:
+                    said[category].append(text)
+            if all(len(texts) == self.num_samples for texts in said.values()):
+                break
+        texts = [text for category in said for text in said[category]]
+        images = [r["images"][0] for r in self._sample("text_to_image", text=texts, generate="image")]
+        right = [agree(read_text(t), s) for t, s in zip(texts, read_pictures(images), strict=True)]
+        for i, category in enumerate(said):
+            part = slice(i * self.num_samples, (i + 1) * self.num_samples)
+            name = f"text_to_image_{category.replace(' ', '_')}"
+            self._share(name, right[part])
+            self._show(name, images[part], texts[part], right[part])
+        by_category = np.array(right[: len(PROMPTS) * self.num_samples]).reshape(len(PROMPTS), -1).T
+        self._share("text_to_image", by_category)
+
+    def image_to_text(self) -> None:
+        scenes = [next_one for next_one, _ in self._scenes(number=self.num_samples)]
+        images = [render(scene) for scene in scenes]
+        written = [r["text"][0] for r in self._sample("image_to_text", images=images, generate="text")]
+        right = [describes(read_text(t), scene.shapes) for t, scene in zip(written, scenes, strict=True)]
+        self._share("image_to_text", right)
+        self._show("image_to_text", images, written, right)
+        rng = np.random.default_rng((SPLITS[self.split], self.seed))
+        references = [[caption(scene, rng) for _ in range(5)] for scene in scenes]
+        each = cider(written, references)
+        self.scores["image_to_text_cider"] = float(each.mean())
+        self.intervals["image_to_text_cider"] = bootstrap_interval(each)
+        self.scores["image_to_text_cider_of_true_captions"] = float(
+            cider([caption(scene, rng) for scene in scenes], references).mean()
+        )
+
+    def question_answering(self) -> None:
+        """One question of a scene, the sorts in turn. Beside it what the commonest answer to each sort would get."""
+        asked: list[tuple[str, str, str, Image.Image]] = []
+        count: dict[str, int] = defaultdict(int)
+        for scene, rng in self._scenes(number=self.num_samples):
+            possible = questions(scene, rng)
+            sort = min(possible, key=lambda name: (count[name], name))
+            count[sort] += 1
+            asked.append((sort, *possible[sort], render(scene)))
+        sorts, texts, answers, images = (list(column) for column in zip(*asked, strict=True))
+        written = [
+            r["text"][0] for r in self._sample("question_answering", images=images, text=texts, generate="text")
+        ]
+        right = [same_answer(w, a) for w, a in zip(written, answers, strict=True)]
+        self._share("question_answering", right)
+        shown = [f"{question} {said}" for question, said in zip(texts, written, strict=True)]
+        self._show("question_answering", images, shown, right)
+        guessed = 0
+        for sort in count:
+            of_sort = [i for i, one in enumerate(sorts) if one == sort]
+            self._share(f"question_answering_{sort.replace(' ', '_')}", [right[i] for i in of_sort])
+            here = [answers[i] for i in of_sort]
+            guessed += max(map(here.count, here))
+        self.scores["question_answering_by_commonest_answer"] = guessed / len(asked)
+
+    def text_only(self) -> None:
+        rng = np.random.default_rng((SPLITS[self.split], self.seed, 1))
+        riddles = [riddle(rng) for _ in range(self.num_samples)]
+        asked = [question for question, _, _ in riddles]
+        written = [r["text"][0] for r in self._sample("text_only", text=asked, generate="text")]
+        right = [same_answer(w, answer) for w, (_, answer, _) in zip(written, riddles, strict=True)]
+        self._share("text_only_written", right)
+        shown = [f"{question} {said}" for question, said in zip(asked, written, strict=True)]
+        self._show("text_only_written", [None] * len(shown), shown, right)
+        model = getattr(self.pipe, "model", None)
+        if hasattr(model, "score"):
+            messages = [[{"role": "user", "content": question}] for question in asked]
+            scored = score_choices(
+                model, self.pipe.processor, messages, [c for _, _, c in riddles], SCORE_SAMPLES, self.seed
+            )
+            best = [some.choices[some.best] == answer for some, (_, answer, _) in zip(scored, riddles, strict=True)]
+            self._share("text_only", best)
+
+    def image_and_text(self) -> None:
+        made = self._sample("image_and_text", text=[None] * self.num_samples, generate=("image", "text"))
+        images, written = [r["images"][0] for r in made], [r["text"][0] for r in made]
+        read = read_pictures(images)
+        right = [describes(read_text(t), s) for t, s in zip(written, read, strict=True)]
+        self._share("image_and_text", right)
+        self._show("image_and_text", images, written, right)
+        self.scores["image_and_text_pictures_read"] = float(np.mean([shapes is not None for shapes in read]))
+
+    def _scenes(self, wanted: Callable = lambda scene: True, number: int | None = None) -> Iterator[tuple]:
+        """The scenes of the split that are wanted, from a place that the seed says, with a generator each."""
+        found, i = 0, 1_000_000 * self.seed
+        while number is None or found < number:
+            scene, rng = scene_of(self.split, i)
+            i += 1
+            if wanted(scene):
+                found += 1
+                yield scene, rng
+
+    def _sample(self, task: str, **conditions: Any) -> list[dict]:
+        seed = (self.seed * len(TASKS) + TASKS.index(task)) * 1_000_000
+        return self.pipe(**conditions, **self.sampling, seed=seed, batch_size=BATCH)
+
+    def _share(self, name: str, values: Sequence | np.ndarray) -> None:
+        self.scores[name] = float(np.mean(values))
+        self.intervals[name] = bootstrap_interval(values)
+
+    def _show(self, name: str, images: Sequence, texts: Sequence[str], right: Sequence[bool]) -> None:
+        self.examples[name] = list(zip(images, texts, right, strict=True))[:16]
+
+
+def cider(written: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """CIDEr-D of each text (n,) against its references, by pycocoevalcap; ten times what a share would be."""
+    from pycocoevalcap.cider.cider import Cider
+
+    def plain(text: str) -> str:
+        return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+    _, each = Cider().compute_score(
+        {i: [plain(t) for t in some] for i, some in enumerate(references)},
+        {i: [plain(t)] for i, t in enumerate(written)},
+    )
+    return np.asarray(each)
+
+
+def run(options) -> dict:
+    """The benchmark "shapes" of the command line."""
+    pipe = MDMPipeline.from_pretrained(options.model)
+    sampling = {"num_inference_steps": options.steps} | {name: getattr(options, name) for name in SAMPLING}
+    return ShapesBenchmark(pipe, options.num_samples, sampling, options.seed[0]).run()
