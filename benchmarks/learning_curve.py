@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
@@ -73,15 +74,17 @@ def plot(points: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def small_run(folder: Path) -> Path:
-    """A run of a few steps of a tiny model."""
+def small_recipe(folder: Path) -> Path:
+    """The recipe with a few scenes, a tiny model and a few steps, as a file in `folder`."""
     write_dataset(folder / "data", {"train": 40, "classes": 20})
-    changes = ["model.config={hidden_size: 32, num_hidden_layers: 1, vae_config: {latent_size: 8, hidden_size: 32}}"]
-    changes += [f"output_dir={folder / 'run'}", "stages.vae=", "stages.diffusion.report_to=none"]
+    changes = ["model.config={hidden_size: 64, num_hidden_layers: 2, vae_config: {latent_size: 8, hidden_size: 64}}"]
     changes += [f"data.{name}.path={folder / 'data'}" for name in ("scenes", "classes")]
-    changes += [f"stages.diffusion.{key}=2" for key in ("save_steps", "per_device_train_batch_size")]
-    run_recipe(load_recipe("recipes/shapes.yaml", [*changes, "stages.diffusion.max_steps=4"]))
-    return folder / "run"
+    for stage in ("vae", "diffusion"):
+        changes += [f"stages.{stage}.{key}=2" for key in ("max_steps", "save_steps", "per_device_train_batch_size")]
+        changes += [f"stages.{stage}.report_to=none", f"stages.{stage}.sample_every=100"]
+    recipe = load_recipe("recipes/shapes.yaml", [*changes, f"output_dir={folder / 'run'}"])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
 
 
 def main() -> None:
@@ -98,7 +101,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.small:
-            made = small_run(Path(scratch))
+            run_recipe(load_recipe(small_recipe(Path(scratch))))
+            made = Path(scratch) / "run"
             options.run, options.processor = made / "diffusion", made / "processor"
             options.num_samples, options.steps = 65, 1
         known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else []

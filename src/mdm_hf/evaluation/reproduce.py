@@ -11,8 +11,10 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers.utils import logging
@@ -150,13 +152,7 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
 
     Beside the model `budget.json` says what it took.
     """
-    base = load_recipe(recipe, [f"seed={seed}", *changes])
-    shared = folder / f"vae-{settings_hash({'recipe': _without(load_recipe(recipe, [f'seed={seed}']), 'diffusion')})}"
-    if not (shared / "final").is_dir():
-        of_vae = _without(load_recipe(recipe, [f"seed={seed}"]), "diffusion") | {"output_dir": str(shared)}
-        run_recipe(of_vae, resume=shared.is_dir())
-    base = _without(base, "tokenizer", "vae") | {"processor": str(shared / "final")}
-    base["model"] = base["model"] | {"vae_from": str(shared / "final")}
+    base = on_shared_vae(recipe, changes, folder, seed)
     target = folder / settings_hash({"recipe": base, "cpu_seconds": cpu_seconds})
     if (target / "final").is_dir():
         return target / "final"
@@ -165,13 +161,29 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
         pace = seconds_a_step(base, target.with_name(f".timed-{target.name}"))
         steps = max(1, int(cpu_seconds / pace))
         folder.mkdir(parents=True, exist_ok=True)
-        budget.write_text(json.dumps({"steps": steps, "cpu_seconds_a_step": round(pace, 4), "changes": list(changes)}))
+        facts = {"steps": steps, "cpu_seconds_a_step": round(pace, 4), "cpu_seconds": 0.0, "changes": list(changes)}
+        budget.write_text(json.dumps(facts))
     facts = json.loads(budget.read_text())
     started = time.process_time()
-    run_recipe(_for_steps(base, target, facts["steps"]), resume=target.is_dir())
-    facts["cpu_seconds"] = round(time.process_time() - started, 1)
+    try:
+        run_recipe(_for_steps(base, target, facts["steps"]), resume=target.is_dir())
+    finally:  # what was spent before an interruption counts too
+        facts["cpu_seconds"] = round(facts["cpu_seconds"] + time.process_time() - started, 1)
+        budget.write_text(json.dumps(facts))
     (target / "final" / "budget.json").write_text(json.dumps(facts) + "\n")
     return target / "final"
+
+
+def on_shared_vae(recipe: str | Path, changes: tuple[str, ...], folder: Path, seed: int) -> dict:
+    """The recipe's diffusion stage alone, with processor and VAE of a run of the stages before, made if need be."""
+    plain = load_recipe(recipe, [f"seed={seed}"])
+    before = _without(plain, "diffusion")
+    shared = folder / f"vae-{settings_hash({'recipe': before})}"
+    if not (shared / "final").is_dir():
+        run_recipe(before | {"output_dir": str(shared)}, resume=shared.is_dir())
+    base = _without(load_recipe(recipe, [f"seed={seed}", *changes]), "tokenizer", "vae")
+    model = base["model"] | {"vae_from": str(shared / "final")}
+    return base | {"processor": str(shared / "final"), "model": model}
 
 
 def seconds_a_step(recipe: dict, scratch: Path) -> float:
@@ -199,22 +211,31 @@ def _without(recipe: dict, *stages: str) -> dict:
     return copy.deepcopy(recipe | {"stages": left})
 
 
-def scored(where: Path, variant: Variant, tasks: tuple[str, ...], folder: Path, num_samples: int, seed: int) -> dict:
-    """The result of the shapes benchmark, with what the model took to train; kept in `folder`."""
+def scored(
+    where: Path,
+    variant: Variant,
+    tasks: tuple[str, ...],
+    folder: Path,
+    num_samples: int,
+    seed: int,
+    load: Callable[[Path], Any] = MDMPipeline.from_pretrained,
+) -> dict:
+    """The result of the shapes benchmark, with what the model took to train; kept in `folder`. `load` makes a
+    pipeline of the model."""
     facts = {"model": model_id(str(where)), "sampling": variant.sampling, "solver": variant.solver, "tasks": tasks}
     kept = folder / f"{settings_hash(facts | {'num_samples': num_samples, 'seed': seed})}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    pipe = MDMPipeline.from_pretrained(where)
+    pipe = load(where)
     pipe.set_progress_bar_config(disable=True)
     if variant.solver:
         options = dict(variant.solver)
         kind = DDPMScheduler if options.pop("ddpm", False) else type(pipe.scheduler or pipe.model.default_scheduler())
         pipe.scheduler = kind.from_config(pipe.model.default_scheduler().config, **options)
     found = ShapesBenchmark(pipe, num_samples, variant.sampling, seed).run(tasks)
-    found["parameters"] = pipe.model.num_parameters()
     budget = Path(where) / "budget.json"
-    found["training"] = json.loads(budget.read_text()) if budget.is_file() else None
+    found["training"] = json.loads(budget.read_text()) if budget.is_file() else {}
+    found["parameters"] = found["training"].get("parameters") or sum(p.numel() for p in pipe.model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
@@ -236,8 +257,9 @@ def table(found: dict) -> str:
         for name in names:
             value, ends = row["scores"].get(name), row["intervals"].get(name)
             cells.append("" if value is None else f"{value:.3f}" + (f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends else ""))
-        budget = row.get("training") or {}
-        cells += [f"{row['parameters'] / 1e6:.2f}M", str(budget.get("steps", "")), f"{budget.get('cpu_seconds', '')}"]
+        budget = row["training"]
+        spent = [str(budget["steps"]), f"{budget['cpu_seconds']:.0f}"] if budget else ["", ""]
+        cells += [f"{row['parameters'] / 1e6:.2f}M", *spent]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

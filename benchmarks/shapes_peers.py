@@ -1,0 +1,87 @@
+"""MDM beside its peers on every task of the shapes world: a Transformer in Mamba's place, and transfusion-pytorch.
+
+All three have the same conversations, seed, batches, tokens, VAE, parameters within 5%, and seconds of one CPU's time
+to train in; the pace of each is measured before it starts, and its schedule ends with its budget. What to expect:
+rows of some fifty positions are where attention is cheap and a scan without kernels is not, so the Transformer takes
+more steps in the time; Transfusion writes token by token and learns texts from every position of each row at once,
+where a diffusion learns them from one noise level a row.
+
+    python benchmarks/shapes_peers.py --small                    # a minute, shows that it runs
+    python benchmarks/shapes_peers.py --cpu-seconds 7200 --output docs/shapes_peers.json \
+        --plot docs/images/shapes_peers.png
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from _transfusion import Transfusion
+from learning_curve import small_recipe
+from transfusion_baseline import SETTINGS, TransfusionPipeline, train
+
+from mdm_hf.evaluation.reproduce import EXPERIMENTS, Variant, on_shared_vae, plot, scored, table, trained
+from mdm_hf.evaluation.results import settings_hash
+from mdm_hf.evaluation.shapes import TASKS
+
+
+QUESTION = "MDM, the same with a Transformer, or Transfusion, in the same time with as many parameters?"
+MDMS = {
+    "MDM": EXPERIMENTS["table3"].variants["mamba 4+2"],
+    "Transformer": EXPERIMENTS["table3"].variants["transformer"],
+}
+
+
+def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Path:
+    """The folder of a baseline trained for the same seconds on the same VAE's latents, made if need be."""
+    base = on_shared_vae(recipe, (), folder, seed)
+    target = folder / f"transfusion-{settings_hash({'recipe': base, 'cpu_seconds': cpu_seconds})}"
+    if not (target / "final").is_dir():
+        resume = (target / "checkpoint.pt").is_file()
+        train(base, target, cpu_seconds=cpu_seconds, learning_rate=5e-3, depth=2, vae=base["processor"], resume=resume)
+    facts = json.loads((target / "final" / SETTINGS).read_text())
+    (target / "final" / "budget.json").write_text(json.dumps(facts))
+    return target / "final"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny models and a second each, to show that it runs")
+    parser.add_argument("--recipe", default="recipes/shapes.yaml")
+    parser.add_argument("--cpu-seconds", type=float, default=7200, help="of training, for each model")
+    parser.add_argument("--num-samples", type=int, default=200, help="a task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/reproduce"), help="keeps models and scores")
+    parser.add_argument("--output", type=Path, help="JSON; the table goes beside it")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    tasks, sampling = TASKS, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.small:
+            options.recipe, options.work_dir = small_recipe(Path(scratch)), Path(scratch) / "work"
+            options.cpu_seconds, options.num_samples = 1, 65
+            tasks, sampling = ("image_and_text",), {"num_inference_steps": 2}
+        folder, scores = options.work_dir / "models", options.work_dir / "scores"
+        rest = tasks, scores, options.num_samples, options.seed
+        rows = []
+        for label, variant in MDMS.items():
+            where = trained(options.recipe, variant.changes, folder, options.cpu_seconds, options.seed)
+            rows.append({"variant": label} | scored(where, Variant(variant.changes, sampling), *rest))
+        if Transfusion is None:
+            print('Transfusion is left out: it needs pip install -c constraints.txt -e ".[baselines]"')
+        else:
+            where = transfusion(options.recipe, folder, options.cpu_seconds, options.seed)
+            found = scored(where, Variant(sampling=sampling), *rest, load=TransfusionPipeline.from_pretrained)
+            rows.append({"variant": "Transfusion"} | found)
+        found = {"experiment": "peers", "question": QUESTION, "rows": rows}
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.output.with_suffix(".md").write_text(table(found), encoding="utf-8")
+    if options.plot:
+        plot([found], options.plot)
+    print(table(found))
+    print(json.dumps({row["variant"]: row["scores"] for row in rows}))
+
+
+if __name__ == "__main__":
+    main()
