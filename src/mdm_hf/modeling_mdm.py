@@ -27,7 +27,7 @@ from .configuration_mdm import MDMConfig
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
 from .modeling_mdm_attention import MDMAttentionBlock
-from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMMixer, MDMRMSNorm, MDMSelectiveScan
+from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMLayer, MDMMixer, MDMRMSNorm, MDMSelectiveScan
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar, alpha_bar_table
 from .pixel_autoencoder import MDMPixelAutoencoder
@@ -153,9 +153,8 @@ class MDMPreTrainedModel(MDMCheckpointMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MDMBlock", "MDMAttentionBlock"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
-    _can_record_outputs = {"hidden_states": [MDMBlock, MDMAttentionBlock]}
+    _can_record_outputs = {"hidden_states": MDMLayer}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -242,6 +241,7 @@ class MDMModel(MDMPreTrainedModel):
             self.pixel_autoencoder = MDMPixelAutoencoder(config.pixel_autoencoder)
         self.embeddings = MDMEmbeddings(config)
         block = MDMAttentionBlock if config.backbone == "transformer" else MDMBlock
+        self._no_split_modules = [block.__name__]  # FSDP looks for each of them, and must find it
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         for name in ("image", "text"):

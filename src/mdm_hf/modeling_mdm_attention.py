@@ -12,10 +12,9 @@ Symbols
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mdm import MDMConfig
-from .modeling_mdm_block import MDMConditionCache, MDMRMSNorm
+from .modeling_mdm_block import MDMConditionCache, MDMLayer, MDMRMSNorm
 from .sequence_layout import AttentionPlan
 
 
@@ -69,7 +68,7 @@ class MDMGatedMLP(nn.Module):
         return self.out_proj(F.silu(gate) * x)
 
 
-class MDMAttentionBlock(GradientCheckpointingLayer):
+class MDMAttentionBlock(MDMLayer):
     """h + attention(norm(h)), then h + mlp(norm(h)); padding, which sees itself alone, stays zero."""
 
     def __init__(self, config: MDMConfig):

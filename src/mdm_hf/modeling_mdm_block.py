@@ -223,7 +223,11 @@ def last_steps(x: Tensor, order: Tensor, count: int) -> Tensor:
     return x[rows, order[:, steps.clamp(min=0)]] * (steps >= 0).view(-1, 1, 1)
 
 
-class MDMBlock(GradientCheckpointingLayer):
+class MDMLayer(GradientCheckpointingLayer):
+    """A block of either backbone: what hidden states are recorded of."""
+
+
+class MDMBlock(MDMLayer):
     """h + mixer(norm(h)); padding stays zero, so that it never enters a convolution."""
 
     def __init__(self, config: MDMConfig):
