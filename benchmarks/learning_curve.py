@@ -20,14 +20,11 @@ import yaml
 from safetensors.torch import load_file
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
-from mdm_hf.evaluation.shapes import ShapesBenchmark
+from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark
 from mdm_hf.evaluation.shapes_world import write_dataset
 from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.stages import run_recipe
 from mdm_hf.training.trainer import EMA_FILE, trained_parameters
-
-
-CURVES = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "text_only", "image_and_text")
 
 
 def averaged(checkpoint: Path) -> MDMForMultiModalGeneration:
@@ -50,7 +47,7 @@ def curve(run: Path, processor: MDMProcessor, sampling: dict, num_samples: int, 
             pipe.set_progress_bar_config(disable=True)
             found = ShapesBenchmark(pipe, num_samples, sampling, split="validation").run()
             points[step] = {"step": step, **{key: found[key] for key in ("scores", "intervals", "settings")}}
-            print(json.dumps({"step": step} | {name: found["scores"][name] for name in CURVES}), flush=True)
+            print(json.dumps({"step": step} | {name: found["scores"][name] for name in TASKS}), flush=True)
     return [points[step] for step in sorted(points)]
 
 
@@ -63,7 +60,7 @@ def plot(points: list[dict], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     steps = [point["step"] for point in points]
-    for name in CURVES:
+    for name in TASKS:
         low, high = zip(*(point["intervals"][name] for point in points), strict=True)
         [line] = axis.plot(steps, [p["scores"][name] for p in points], marker="o", label=name.replace("_", " "))
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
@@ -115,7 +112,7 @@ def main() -> None:
         options.output.write_text(json.dumps(points, indent=1) + "\n")
     if options.plot:
         plot(points, options.plot)
-    print(json.dumps({point["step"]: {name: point["scores"][name] for name in CURVES} for point in points}))
+    print(json.dumps({point["step"]: {name: point["scores"][name] for name in TASKS} for point in points}))
 
 
 if __name__ == "__main__":

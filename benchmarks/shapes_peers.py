@@ -78,7 +78,7 @@ def main() -> None:
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(table(found), encoding="utf-8")
     if options.plot:
-        plot([found], options.plot)
+        plot(found, options.plot)
     print(table(found))
     print(json.dumps({row["variant"]: row["scores"] for row in rows}))
 

@@ -118,6 +118,8 @@ def test_evaluate_writes_scores_with_their_settings(tmp_path):
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys):
     assert main(["evaluate", "--model", CARD, "--benchmark", "digit"]) == 2
     assert "Got --benchmark digit; need one of digits" in capsys.readouterr().err
+    assert main(["evaluate", "--model", CARD, "--benchmark", "shapes", "--seed", "0", "1"]) == 2
+    assert "Got --seed with 2 seeds for shapes, which takes one and gives intervals" in capsys.readouterr().err
 
 
 def test_several_seeds_are_told_as_mean_and_range():

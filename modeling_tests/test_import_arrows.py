@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "sequence_layout": CONFIGURATION | OPS,
     "input_checks": CONFIGURATION | {"sequence_layout"},
     "checkpoints": set(),
+    "prompts": set(),
     "solvers": CONFIGURATION | {"checkpoints"},
     "generation_mdm": CONFIGURATION
     | OPS
@@ -77,7 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline_mdm": CONFIGURATION
     | PROCESSING
     | MODELS
-    | {"checkpoints", "choice_scores", "generation_mdm", "solvers"},
+    | {"checkpoints", "choice_scores", "generation_mdm", "prompts", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mdm_hf.evaluation import reproduce as module
 from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, table
-from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark, cider
+from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark
 from mdm_hf.evaluation.shapes_classifier import ShapesClassifier, accuracy
 from mdm_hf.evaluation.shapes_judge import Meaning, Mention, agree, read_pictures, read_text
 from mdm_hf.evaluation.shapes_world import (
@@ -154,13 +154,6 @@ def test_a_distance_grows_with_what_is_wrong_with_the_pictures(of_oracle) -> Non
     assert 1 < scores["shapes_classifier_score"] < scores["shapes_classifier_score_of_real_images"] <= 25
 
 
-def test_cider_is_ten_for_the_only_reference_and_nothing_for_other_words() -> None:
-    references = [["a red circle and a blue square"], ["two green crosses"], ["a pink triangle top left"]]
-    same = cider([some[0] for some in references], references)
-    assert same == pytest.approx([10.0] * 3, rel=1e-6) or same.mean() > 5  # of three words there is no 4-gram
-    assert cider(["perhaps", "perhaps", "perhaps"], references) == pytest.approx([0.0] * 3)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduce")
@@ -220,6 +213,13 @@ def test_experiments_are_named_in_the_help_and_unknown_ones_refused(recipe, tmp_
     assert all(name in said for name in EXPERIMENTS)
     assert main(["reproduce", "table9", "--recipe", str(recipe), "--output", str(tmp_path)]) == 2
     assert "Got the experiment 'table9'; need one of table3, sharing" in capsys.readouterr().err
+
+
+def test_a_trained_model_is_refused_where_each_variant_has_to_be_trained(recipe, tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match="Got a trained model, mine, for sharing, whose variants differ in how they are"
+    ):
+        reproduce("sharing", recipe, tmp_path, model="mine")
 
 
 def test_every_task_of_the_benchmark_is_a_task_of_an_experiment() -> None:

@@ -5,17 +5,14 @@
 - The code travels with what is saved, so that `transformers.pipeline` loads it where this package is not installed.
 """
 
-import operator
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice, zip_longest
+from itertools import count, islice
 from pathlib import Path
 from types import FunctionType
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
@@ -27,11 +24,11 @@ from .conversations import MODALITIES, as_modalities
 from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
 from .processing_mdm import MDMProcessor
+from .prompts import CONDITIONS, read_prompts, whole_number
 from .solvers import load_solver
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
-CONDITIONS = ("text", "images", "class_ids", "messages")
 PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
 GENERATE_OPTIONS = (
     "num_inference_steps",
@@ -185,9 +182,9 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
-        size = _whole("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
+        size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
         stages = self._stages(options)
-        prompts = self._prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        prompts = read_prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
         results = self._results(prompts, size, _first_seed(seed), *stages, callback_on_step_end)
         return list(results) if isinstance(prompts, list) else results
 
@@ -220,7 +217,7 @@ class MDMPipeline(Pipeline):
             ValueError: as a call; prompts that are neither values nor lists.
         """
         for_processor, for_generate = self._stages(options)
-        prompts = self._prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        prompts = read_prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
         if not isinstance(prompts, list):
             raise ValueError(
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
@@ -265,7 +262,7 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: conditions or choices that do not fit together.
         """
-        prompts = list(self._prompts(1, text=text, images=images, class_ids=class_ids, messages=messages))
+        prompts = list(read_prompts(1, text=text, images=images, class_ids=class_ids, messages=messages))
         if len(prompts) == 1 and not (choices and isinstance(choices[0], list | tuple)):
             choices = [choices]
         asked = []
@@ -299,24 +296,6 @@ class MDMPipeline(Pipeline):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
         inputs = self.preprocess(batch, **for_processor)
         return self.postprocess(self._forward(inputs, generator=generators, **for_generate))
-
-    def _prompts(self, repeats: int, **columns) -> list[dict] | Iterator[dict]:
-        """Every prompt `repeats` times; an iterator where they are to be read one by one."""
-        repeats = _whole("num_return_sequences", repeats)
-        for name in ("text", "messages"):
-            if _is_conversation(columns[name]):  # one, not a batch
-                columns[name] = [columns[name]]
-        many = {name: v for name, v in columns.items() if _is_lazy(v) or _is_batch(v, 4 if name == "images" else 1)}
-        lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
-        prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many)
-        repeated = (prompt for prompt in prompts for _ in range(repeats))
-        if any(_is_lazy(value) for value in many.values()):
-            return repeated
-        if 0 in lengths.values():
-            raise ValueError(f"`{next(iter(lengths))}` is empty; a batch needs at least one prompt.")
-        return list(repeated)
 
     def preprocess(self, batch: list, **options):
         """Prompts -> model inputs."""
@@ -391,66 +370,7 @@ def compile_blocks(layers, mode: str | None = None) -> None:
 
 
 def _first_seed(seed: int | None) -> int:
-    return int(torch.randint(2**31, ()).item()) if seed is None else _whole("seed", seed, least=0)
-
-
-def _whole(name: str, value, least: int = 1) -> int:
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number < 2**63:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more.")
-    return number
-
-
-def _is_conversation(value) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
-
-
-def _is_batch(value, dimensions: int) -> bool:
-    is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == dimensions
-    return is_stack or isinstance(value, list | tuple)
-
-
-def _is_lazy(value) -> bool:
-    """A data set, a generator: neither one value nor a batch that is there already."""
-    is_there = isinstance(value, str | bytes | dict | list | tuple | np.ndarray | torch.Tensor)
-    return not is_there and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
-
-
-def _zipped(fixed: dict, many: dict[str, Any]) -> Iterator[dict]:
-    """Prompts of one value from each of `many` and all that is `fixed`."""
-    if not many:
-        yield _prompt(fixed)
-        return
-    # The data sets of PyTorch have a length, and no end that iteration would see.
-    columns = [v if hasattr(v, "__iter__") else (v[i] for i in range(len(v))) for v in many.values()]
-    end = object()
-    for row in zip_longest(*columns, fillvalue=end):
-        if ended := [name for name, value in zip(many, row, strict=True) if value is end]:
-            raise ValueError(f"`{ended[0]}` ended before the other conditions; need as many of one as of the others.")
-        yield _prompt(fixed | dict(zip(many, row, strict=True)))
-
-
-def _prompt(prompt: dict) -> dict:
-    """One prompt, whose `text` may be a whole one."""
-    text = prompt["text"]
-    if isinstance(text, list | tuple):
-        text = {"messages": text}
-    if isinstance(text, dict):
-        if unknown := sorted(set(text) - set(CONDITIONS)):
-            raise ValueError(
-                f"Got a prompt with {', '.join(map(repr, unknown))}; need some of {', '.join(CONDITIONS)}; rename or "
-                "drop the others, or pass one column as text=, images=, class_ids= or messages=."
-            )
-        prompt = prompt | {"text": None} | text
-    if prompt["messages"] is not None and any(prompt[name] is not None for name in CONDITIONS[:3]):
-        raise ValueError(
-            "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the messages as "
-            "content parts, or leave `messages` out."
-        )
-    return prompt
+    return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
 
 
 def _shown(draw: Callable[[Callable], None]) -> Iterator:

@@ -51,6 +51,11 @@ def run_benchmark(name: str, options) -> dict:
     """
     if name not in BENCHMARKS:
         raise ValueError(f"Got --benchmark {name}; need one of {', '.join(BENCHMARKS)}; check the spelling.")
+    if name != "digits" and len(options.seed) > 1:
+        raise ValueError(
+            f"Got --seed with {len(options.seed)} seeds for {name}, which takes one and gives intervals; need one; "
+            "only digits averages over several."
+        )
     file, _, function = BENCHMARKS[name].function.partition(":")
     try:
         module = import_module(f".{file}", __package__)

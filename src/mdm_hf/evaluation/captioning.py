@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def tokenized(texts: list[list[str]], with_java: bool) -> dict[int, list[str]]:
     return PTBTokenizer().tokenize({i: [{"caption": one} for one in some] for i, some in enumerate(texts)})
 
 
-def cider(said: list[str], humans: list[tuple[str, ...]], with_java: bool | None = None) -> tuple[np.ndarray, str]:
+def cider(
+    said: Sequence[str], humans: Sequence[Sequence[str]], with_java: bool | None = None
+) -> tuple[np.ndarray, str]:
     """CIDEr of each text (n,), whose mean is the corpus' CIDEr, and the tokenizer's name.
 
     Args:

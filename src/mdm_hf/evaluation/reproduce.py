@@ -29,7 +29,6 @@ from .shapes import TASKS, ShapesBenchmark
 logger = logging.get_logger(__name__)
 
 TIMED = (20, 60)  # steps between which a variant's pace is measured
-SHOWN = ("class_to_image", "text_to_image", "image_to_text", "question_answering", "text_only", "image_and_text")
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def reproduce(
         recipe: The variants' recipe but for what they change; it ends with a diffusion stage.
         output: Folder of the results; models and finished scores are kept below it.
         model: The trained model that solvers and guidance are tried on; trained as the first variant of the others if
-            None.
+            None. The others take none.
         cpu_seconds: Processor time of this process that each variant is trained for.
         num_samples: Of each task.
 
@@ -132,6 +131,11 @@ def reproduce(
     if name not in EXPERIMENTS:
         raise ValueError(f"Got the experiment {name!r}; need one of {', '.join(EXPERIMENTS)}.")
     experiment, output = EXPERIMENTS[name], Path(output)
+    if model and any(variant.changes for variant in experiment.variants.values()):
+        raise ValueError(
+            f"Got a trained model, {model}, for {name}, whose variants differ in how they are trained; need solver or "
+            "guidance with it; leave it out to train each variant."
+        )
     rows = []
     for label, variant in experiment.variants.items():
         folder = output / "models"
@@ -143,7 +147,7 @@ def reproduce(
     found = {"experiment": name, "question": experiment.question, "rows": rows}
     (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (output / f"{name}.md").write_text(table(found), encoding="utf-8")
-    plot([found], output / f"{name}.png")
+    plot(found, output / f"{name}.png")
     return found
 
 
@@ -243,7 +247,7 @@ def scored(
 
 def shown_scores(found: dict) -> list[str]:
     """The names of the scores that a table of an experiment has, those of the plot first."""
-    names = [name for name in SHOWN if any(name in row["scores"] for row in found["rows"])]
+    names = [name for name in TASKS if any(name in row["scores"] for row in found["rows"])]
     return names + [n for n in ("shapes_frechet_distance", "image_to_text_cider") if n in found["rows"][0]["scores"]]
 
 
@@ -264,31 +268,28 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(experiments: list[dict], path: Path) -> None:
-    """Bars of the main scores, a group a task and a colour a variant, with 95% intervals; a panel an experiment."""
+def plot(found: dict, path: Path) -> None:
+    """Bars of the main scores, a group a task and a colour a variant, with 95% intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        len(experiments), 1, figsize=(11, 3.6 * len(experiments)), constrained_layout=True, squeeze=False
-    )
-    for axis, found in zip(axes[:, 0], experiments, strict=True):
-        names = [name for name in SHOWN if any(name in row["scores"] for row in found["rows"])]
-        width = 0.8 / len(found["rows"])
-        for i, row in enumerate(found["rows"]):
-            at = [n + (i - (len(found["rows"]) - 1) / 2) * width for n in range(len(names))]
-            values = [row["scores"].get(name, float("nan")) for name in names]
-            ends = [row["intervals"].get(name, [value] * 2) for name, value in zip(names, values, strict=True)]
-            errors = [[max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)]]
-            errors.append([max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)])
-            axis.bar(at, values, width, yerr=errors, capsize=2, label=row["variant"])
-        axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-        axis.set_ylim(0, 1)
-        axis.set_title(found["question"], loc="left", fontsize=10)
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8, ncols=3)
+    figure, axis = pyplot.subplots(figsize=(11, 3.6), constrained_layout=True)
+    rows, names = found["rows"], [name for name in TASKS if any(name in row["scores"] for row in found["rows"])]
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        at = [n + (i - (len(rows) - 1) / 2) * width for n in range(len(names))]
+        values = [row["scores"].get(name, float("nan")) for name in names]
+        ends = [row["intervals"].get(name, [value] * 2) for name, value in zip(names, values, strict=True)]
+        errors = [[max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)]]
+        errors.append([max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)])
+        axis.bar(at, values, width, yerr=errors, capsize=2, label=row["variant"])
+    axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.set_ylim(0, 1)
+    axis.set_title(found["question"], loc="left", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8, ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..choice_scores import score_choices
 from ..pipeline_mdm import MDMPipeline
+from .captioning import cider
 from .image_quality import frechet_distance, inception_score, precision_and_recall
 from .results import SAMPLING, bootstrap_interval, result
 from .shapes_classifier import FEATURES, ShapesClassifier
@@ -128,12 +129,11 @@ class ShapesBenchmark:
         self._show("image_to_text", images, written, right)
         rng = np.random.default_rng((SPLITS[self.split], self.seed))
         references = [[caption(scene, rng) for _ in range(5)] for scene in scenes]
-        each = cider(written, references)
+        each, _ = cider(written, references, with_java=False)
         self.scores["image_to_text_cider"] = float(each.mean())
         self.intervals["image_to_text_cider"] = bootstrap_interval(each)
-        self.scores["image_to_text_cider_of_true_captions"] = float(
-            cider([caption(scene, rng) for scene in scenes], references).mean()
-        )
+        of_true, _ = cider([caption(scene, rng) for scene in scenes], references, with_java=False)
+        self.scores["image_to_text_cider_of_true_captions"] = float(of_true.mean())
 
     def question_answering(self) -> None:
         """One question of a scene, the sorts in turn. Beside it what the commonest answer to each sort would get."""
@@ -207,20 +207,6 @@ class ShapesBenchmark:
 
     def _show(self, name: str, images: Sequence, texts: Sequence[str], right: Sequence[bool]) -> None:
         self.examples[name] = list(zip(images, texts, right, strict=True))[:16]
-
-
-def cider(written: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr-D of each text (n,) against its references, by pycocoevalcap; ten times what a share would be."""
-    from pycocoevalcap.cider.cider import Cider
-
-    def plain(text: str) -> str:
-        return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-    _, each = Cider().compute_score(
-        {i: [plain(t) for t in some] for i, some in enumerate(references)},
-        {i: [plain(t)] for i, t in enumerate(written)},
-    )
-    return np.asarray(each)
 
 
 def run(options) -> dict:

@@ -29,7 +29,7 @@ MATCH = 0.85  # cosine between a quarter's chroma and its best template, at the 
 class Mention:
     """A shape, or `number` of them, as a text names it; None is not said."""
 
-    kind: str | None
+    kind: str
     colour: str | None = None
     size: str | None = None
     place: int | None = None
@@ -165,7 +165,7 @@ def agree(said: Meaning | None, shapes: tuple[Shape, ...] | None) -> bool:
 
 def describes(said: Meaning | None, shapes: tuple[Shape, ...] | None) -> bool:
     """Whether a text is a caption of what is shown: true, complete, and each shape named with its kind and colour."""
-    return agree(said, shapes) and all(mention.kind and mention.colour for mention in said.mentions)
+    return agree(said, shapes) and all(mention.colour for mention in said.mentions)
 
 
 def same_answer(given: str, right: str) -> bool:
@@ -174,6 +174,6 @@ def same_answer(given: str, right: str) -> bool:
 
 
 def _answer(text: str) -> list[str]:
-    numerals = {str(n): word for n, word in enumerate(NUMBERS)} | {"no one": "none", "zero": "none"}
+    numerals = {str(n): word for n, word in enumerate(NUMBERS)} | {"zero": "none"}
     words = re.findall(r"[a-z]+|\d+", text.lower())
     return [numerals.get(word, word) for word in words if word not in ("a", "an", "the")]

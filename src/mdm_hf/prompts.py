@@ -1,0 +1,98 @@
+"""What a pipeline is asked, as prompts: one value or many of each condition, there already or read one by one."""
+
+import operator
+from collections.abc import Iterator, Sized
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+
+
+CONDITIONS = ("text", "images", "class_ids", "messages")
+
+
+def read_prompts(repeats: int, **columns) -> list[dict] | Iterator[dict]:
+    """Every prompt `repeats` times; an iterator where they are to be read one by one.
+
+    Args:
+        columns: One value, a batch of them, or something to iterate, for each of `CONDITIONS`.
+
+    Raises:
+        ValueError: columns of different lengths, empty ones, conditions that do not go together.
+    """
+    repeats = whole_number("num_return_sequences", repeats)
+    for name in ("text", "messages"):
+        if _is_conversation(columns[name]):  # one, not a batch
+            columns[name] = [columns[name]]
+    many = {name: v for name, v in columns.items() if _is_lazy(v) or _is_batch(v, 4 if name == "images" else 1)}
+    lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
+    prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many)
+    repeated = (prompt for prompt in prompts for _ in range(repeats))
+    if any(_is_lazy(value) for value in many.values()):
+        return repeated
+    if 0 in lengths.values():
+        raise ValueError(f"`{next(iter(lengths))}` is empty; a batch needs at least one prompt.")
+    return list(repeated)
+
+
+def whole_number(name: str, value, least: int = 1) -> int:
+    """`value` as an int. Raises ValueError, which names the argument `name`."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number < 2**63:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more.")
+    return number
+
+
+def _is_conversation(value) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_batch(value, dimensions: int) -> bool:
+    is_stack = isinstance(value, np.ndarray | torch.Tensor) and value.ndim == dimensions
+    return is_stack or isinstance(value, list | tuple)
+
+
+def _is_lazy(value) -> bool:
+    """A data set, a generator: neither one value nor a batch that is there already."""
+    is_there = isinstance(value, str | bytes | dict | list | tuple | np.ndarray | torch.Tensor)
+    return not is_there and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+
+
+def _zipped(fixed: dict, many: dict[str, Any]) -> Iterator[dict]:
+    """Prompts of one value from each of `many` and all that is `fixed`."""
+    if not many:
+        yield _prompt(fixed)
+        return
+    # The data sets of PyTorch have a length, and no end that iteration would see.
+    columns = [v if hasattr(v, "__iter__") else (v[i] for i in range(len(v))) for v in many.values()]
+    end = object()
+    for row in zip_longest(*columns, fillvalue=end):
+        if ended := [name for name, value in zip(many, row, strict=True) if value is end]:
+            raise ValueError(f"`{ended[0]}` ended before the other conditions; need as many of one as of the others.")
+        yield _prompt(fixed | dict(zip(many, row, strict=True)))
+
+
+def _prompt(prompt: dict) -> dict:
+    """One prompt, whose `text` may be a whole one."""
+    text = prompt["text"]
+    if isinstance(text, list | tuple):
+        text = {"messages": text}
+    if isinstance(text, dict):
+        if unknown := sorted(set(text) - set(CONDITIONS)):
+            raise ValueError(
+                f"Got a prompt with {', '.join(map(repr, unknown))}; need some of {', '.join(CONDITIONS)}; rename or "
+                "drop the others, or pass one column as text=, images=, class_ids= or messages=."
+            )
+        prompt = prompt | {"text": None} | text
+    if prompt["messages"] is not None and any(prompt[name] is not None for name in CONDITIONS[:3]):
+        raise ValueError(
+            "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the messages as "
+            "content parts, or leave `messages` out."
+        )
+    return prompt
