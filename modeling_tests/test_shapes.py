@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,24 @@ def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
         other.run(["dance"])
     with pytest.raises(ValueError, match=r"Got num_samples 64; need more than 64"):
         ShapesBenchmark(Oracle(), 64)
+
+
+@pytest.mark.parametrize("is_wise", [True, False])
+def test_a_riddle_counts_where_the_right_answer_is_the_likeliest(monkeypatch, is_wise) -> None:
+    pipe = Oracle()
+    pipe.processor = None
+    pipe.model = SimpleNamespace(score=None)
+
+    def scores(model, processor, conversations, choices, *options) -> list[SimpleNamespace]:
+        answers = [pipe.riddles[messages[0]["content"]] for messages in conversations]
+        at = [some.index(answer) for some, answer in zip(choices, answers, strict=True)]
+        return [
+            SimpleNamespace(choices=some, best=i if is_wise else (i + 1) % len(some))
+            for some, i in zip(choices, at, strict=True)
+        ]
+
+    monkeypatch.setattr("mdm_hf.evaluation.shapes.score_choices", scores)
+    assert ShapesBenchmark(pipe, COUNT).run(["text_only"])["scores"]["text_only"] == float(is_wise)
 
 
 def test_the_shipped_classifier_knows_the_scenes() -> None:

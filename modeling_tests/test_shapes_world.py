@@ -11,12 +11,14 @@ from mdm_hf.evaluation.shapes_judge import agree, describes, read_pictures, read
 from mdm_hf.evaluation.shapes_world import (
     CLASSES,
     COLOURS,
+    NUMBERS,
     PROMPTS,
     Scene,
     Shape,
     caption,
     dataset_row,
     noun,
+    plural,
     prompts,
     questions,
     relations,
@@ -168,6 +170,31 @@ def test_answers_are_compared_by_meaning() -> None:
     assert same_answer("3", "three")
     assert not same_answer("four", "three")
     assert not same_answer("red", "red circle")
+
+
+def solved(question: str) -> str:
+    """The answer to a riddle, from what it tells."""
+    told, asked = question.split(". ")
+    said = read_text(told)
+    names = [f"{mention.colour} {mention.kind}" for mention in said.mentions]
+    words = asked.removesuffix("?").split()
+    if asked.startswith("what is"):
+        first, second = names
+        relation = asked.removeprefix("what is ").split(" the ")[0]
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[said.relation]
+        return {(said.relation, second): first, (opposite, first): second}[relation, " ".join(words[-2:])]
+    if asked.startswith("what colour"):
+        return next(m.colour for m in said.mentions if m.kind == words[-1])
+    if asked.startswith("which shape"):
+        return next(m.kind for m in said.mentions if m.colour == words[-1])
+    numbers = {f"{m.colour} {plural(m.kind)}": m.number for m in said.mentions}
+    return NUMBERS[numbers[" ".join(words[2:4])]]
+
+
+def test_the_answer_of_a_riddle_follows_from_what_it_tells() -> None:
+    rng = np.random.default_rng(0)
+    for question, answer, _ in (riddle(rng) for _ in range(400)):
+        assert solved(question) == answer, question
 
 
 def test_riddles_have_one_right_answer_among_unlike_choices() -> None:
