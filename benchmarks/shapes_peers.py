@@ -1,7 +1,7 @@
 """MDM beside its peers on every task of the shapes world: a Transformer in Mamba's place, and transfusion-pytorch.
 
 All three have the same conversations, seed, batches, tokens, VAE, parameters within 5%, and seconds of one CPU's time
-to train in; the pace of each is measured before it starts, and its schedule ends with its budget. What to expect:
+to train in; the pace of each is measured in turns with MDM's, and its schedule ends with its budget. What to expect:
 rows of some fifty positions are where attention is cheap and a scan without kernels is not, so the Transformer takes
 more steps in the time; Transfusion writes token by token and learns texts from every position of each row at once,
 where a diffusion learns them from one noise level a row.
@@ -14,13 +14,24 @@ where a diffusion learns them from one noise level a row.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from _transfusion import Transfusion
 from learning_curve import small_recipe
-from transfusion_baseline import SETTINGS, TransfusionPipeline, train
+from transfusion_baseline import CHECKPOINT, SETTINGS, TransfusionPipeline, seconds_a_step, train
 
-from mdm_hf.evaluation.reproduce import EXPERIMENTS, Variant, on_shared_vae, plot, scored, table, trained
+from mdm_hf.evaluation.reproduce import (
+    EXPERIMENTS,
+    Variant,
+    for_steps,
+    on_shared_vae,
+    plot,
+    scored,
+    steps_within,
+    table,
+    trained,
+)
 from mdm_hf.evaluation.results import settings_hash
 from mdm_hf.evaluation.shapes import TASKS
 
@@ -30,15 +41,21 @@ MDMS = {
     "MDM": EXPERIMENTS["table3"].variants["mamba 4+2"],
     "Transformer": EXPERIMENTS["table3"].variants["transformer"],
 }
+TRANSFUSION = {"learning_rate": 5e-3, "depth": 2}
 
 
 def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Path:
     """The folder of a baseline trained for the same seconds on the same VAE's latents, made if need be."""
     base = on_shared_vae(recipe, (), folder, seed)
-    target = folder / f"transfusion-{settings_hash({'recipe': base, 'cpu_seconds': cpu_seconds})}"
+    settings = for_steps(base, Path(), 0) | {"cpu_seconds": cpu_seconds, **TRANSFUSION}
+    target = folder / f"transfusion-{settings_hash(settings)}"
     if not (target / "final").is_dir():
-        resume = (target / "checkpoint.pt").is_file()
-        train(base, target, cpu_seconds=cpu_seconds, learning_rate=5e-3, depth=2, vae=base["processor"], resume=resume)
+        options, budget = TRANSFUSION | {"vae": base["processor"]}, target.with_suffix(".json")
+        if not budget.is_file():
+            steps, pace = steps_within(cpu_seconds, partial(seconds_a_step, base, target, **options), base, folder)
+            budget.write_text(json.dumps({"steps": steps, "cpu_seconds_a_step": pace}))
+        steps = json.loads(budget.read_text())["steps"]
+        train(base, target, max_steps=steps, resume=(target / CHECKPOINT).is_file(), **options)
     facts = json.loads((target / "final" / SETTINGS).read_text())
     (target / "final" / "budget.json").write_text(json.dumps(facts))
     return target / "final"

@@ -30,6 +30,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from _transfusion import Sizes, Transfusion, TransfusionModel, image_parameters, sizes_for
@@ -132,6 +133,38 @@ class _Run:
         os.replace(unfinished, path)
 
 
+def _prepared(
+    recipe: dict, folder: Path, depth: int, dim: int | None, vae: str | Path | None
+) -> tuple[dict[str, Any], int]:
+    """What a run starts from, and the parameters of the recipe's own model, which it is to have too."""
+    recipe = recipe | {"output_dir": str(folder)}  # where it builds its processor
+    keep_freed_memory()
+    processor = make_processor(recipe)
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in MDMForMultiModalGeneration(make_config(recipe, processor)).parameters())
+    images = None if vae is None else MDMForMultiModalGeneration.from_pretrained(vae).model.vae.eval()
+    sizes = sizes_for(processor, wanted, depth, vae=images)
+    sizes.dim = sizes.dim if dim is None else dim
+    start = {"recipe": recipe, "stage": [*recipe["stages"]][-1], "processor": processor, "sizes": sizes, "vae": images}
+    return start, wanted
+
+
+def _seconds_a_step(start: dict[str, Any], learning_rate: float) -> float:
+    trial = _Run(**start, max_steps=TIMED, lr=learning_rate)
+    before = time.process_time()
+    for number in range(TIMED):
+        trial.step(number)
+    return (time.process_time() - before) / TIMED
+
+
+def seconds_a_step(
+    recipe: dict, folder: str | Path, learning_rate: float, depth: int, vae: str | Path | None
+) -> float:
+    """Processor seconds that a step of `train` with these arguments takes, its data included."""
+    start, _ = _prepared(recipe, Path(folder), depth, None, vae)
+    return _seconds_a_step(start, learning_rate)
+
+
 def train(
     recipe: dict,
     folder: str | Path,
@@ -172,32 +205,22 @@ def train(
     """
     if (max_steps is None) == (cpu_seconds is None):
         raise ValueError(f"Got max_steps {max_steps} and cpu_seconds {cpu_seconds}; need one of the two; give one.")
-    folder, stage = Path(folder), [*recipe["stages"]][-1]
-    kept, recipe = folder / CHECKPOINT, recipe | {"output_dir": str(folder)}  # where it builds its processor
+    folder = Path(folder)
+    kept = folder / CHECKPOINT
     if resume and not kept.is_file():
         raise ValueError(f"Got {folder} without {CHECKPOINT} to resume; need one; start without resume.")
     started = time.process_time()
-    keep_freed_memory()
-    processor = make_processor(recipe)
-    with torch.device("meta"):
-        wanted = sum(p.numel() for p in MDMForMultiModalGeneration(make_config(recipe, processor)).parameters())
-    images = None if vae is None else MDMForMultiModalGeneration.from_pretrained(vae).model.vae.eval()
+    start, wanted = _prepared(recipe, folder, depth, dim, vae)
     first, spent = 0, 0.0
     if resume:
         saved = torch.load(kept, weights_only=True)
-        sizes, max_steps, first, spent = Sizes(**saved["sizes"]), saved["max_steps"], saved["step"], saved["spent"]
-    else:
-        sizes = sizes_for(processor, wanted, depth, vae=images)
-        sizes.dim = sizes.dim if dim is None else dim
-    start = (recipe, stage, processor, sizes, images)
+        max_steps, first, spent = saved["max_steps"], saved["step"], saved["spent"]
+        start = start | {"sizes": Sizes(**saved["sizes"])}
     if max_steps is None:
-        trial = _Run(*start, TIMED, learning_rate)
-        before = time.process_time()
-        for number in range(TIMED):
-            trial.step(number)
-        left = cpu_seconds - (time.process_time() - started)
-        max_steps = max(1, int(left * TIMED / (time.process_time() - before)))
-    run = _Run(*start, max_steps, learning_rate)
+        pace = _seconds_a_step(start, learning_rate)
+        max_steps = max(1, int((cpu_seconds - (time.process_time() - started)) / pace))
+    processor, sizes, images = start["processor"], start["sizes"], start["vae"]
+    run = _Run(**start, max_steps=max_steps, lr=learning_rate)
     if resume:
         for name, part in run.parts.items():
             part.load_state_dict(saved[name])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mdm_hf.evaluation import reproduce as module
-from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, table
+from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, steps_within, table
 from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark
 from mdm_hf.evaluation.shapes_classifier import ShapesClassifier, accuracy
 from mdm_hf.evaluation.shapes_judge import Meaning, Mention, agree, read_pictures, read_text
@@ -29,6 +29,7 @@ from mdm_hf.evaluation.shapes_world import (
     scene_of,
     write_dataset,
 )
+from mdm_hf.training.recipe import load_recipe
 
 
 COUNT = 65
@@ -221,6 +222,15 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     monkeypatch.setattr(module, "run_recipe", None)  # nothing is trained again
     monkeypatch.setattr(module, "ShapesBenchmark", None)  # nor scored
     assert json.loads(json.dumps(reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT))) == kept
+
+
+def test_a_variant_that_is_timed_on_a_busy_machine_still_gets_its_steps(recipe, tmp_path, monkeypatch) -> None:
+    paces = iter([0.5, 1.2, 0.9])  # on an idle machine once, then on one half as fast, then on a little less busy one
+    monkeypatch.setattr(module, "seconds_a_step", lambda recipe, scratch: next(paces))
+    plain = load_recipe(recipe)
+    assert steps_within(100, None, plain, tmp_path) == (200, 0.5)
+    theirs = iter([0.6, 0.45])
+    assert steps_within(100, lambda: next(theirs), plain, tmp_path) == (400, 0.25)
 
 
 def test_experiments_are_named_in_the_help_and_unknown_ones_refused(recipe, tmp_path, capsys) -> None:

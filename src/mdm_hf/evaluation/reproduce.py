@@ -1,7 +1,8 @@
 """The paper's ablations on the shapes world, each by one command: `mdm reproduce table3`.
 
 - Variants of an experiment differ in what it asks about and in nothing else: data, seed, batches, parameters (to a few
-  in a hundred), solver, and seconds of the processor, measured for each before it starts, are the same.
+  in a hundred), solver, and seconds of the processor are the same. A second is worth more on an idle machine than on a
+  busy one, so a variant's pace is measured in turns with the plain recipe's, and its steps follow from the ratio.
 - The unified VAE is trained once and given to all of them.
 - What is trained or scored is kept in the output folder under its settings' hash: a command that was stopped goes on
   where it was, and experiments share the variants that they have in common.
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from .shapes import TASKS, ShapesBenchmark
 
 logger = logging.get_logger(__name__)
 
-TIMED = (20, 60)  # steps between which a variant's pace is measured
+TIMED = (20, 60)  # steps between which a pace is measured
+ROUNDS = 2  # in which a variant's pace and the plain recipe's are measured in turns
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def reproduce(
         output: Folder of the results; models and finished scores are kept below it.
         model: The trained model that solvers and guidance are tried on; trained as the first variant of the others if
             None. The others take none.
-        cpu_seconds: Processor time of this process that each variant is trained for.
+        cpu_seconds: Processor time that each variant is trained for, on a machine as busy as when the first was timed.
         num_samples: Of each task.
 
     Returns:
@@ -157,20 +160,21 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
     Beside the model `budget.json` says what it took.
     """
     base = on_shared_vae(recipe, changes, folder, seed)
-    target = folder / settings_hash({"recipe": base, "cpu_seconds": cpu_seconds})
+    settings = for_steps(base, Path(), 0)  # whatever number of steps the recipe itself asks for
+    target = folder / settings_hash({"recipe": settings, "cpu_seconds": cpu_seconds})
     if (target / "final").is_dir():
         return target / "final"
     budget = target.with_suffix(".json")
     if not budget.is_file():
-        pace = seconds_a_step(base, target.with_name(f".timed-{target.name}"))
-        steps = max(1, int(cpu_seconds / pace))
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {"steps": steps, "cpu_seconds_a_step": round(pace, 4), "cpu_seconds": 0.0, "changes": list(changes)}
+        timed = target.with_name(f".timed-{target.name}")
+        measure = None if changes == () else partial(seconds_a_step, base, timed)
+        steps, pace = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed), folder)
+        facts = {"steps": steps, "cpu_seconds_a_step": pace, "cpu_seconds": 0.0, "changes": list(changes)}
         budget.write_text(json.dumps(facts))
     facts = json.loads(budget.read_text())
     started = time.process_time()
     try:
-        run_recipe(_for_steps(base, target, facts["steps"]), resume=target.is_dir())
+        run_recipe(for_steps(base, target, facts["steps"]), resume=target.is_dir())
     finally:  # what was spent before an interruption counts too
         facts["cpu_seconds"] = round(facts["cpu_seconds"] + time.process_time() - started, 1)
         budget.write_text(json.dumps(facts))
@@ -190,11 +194,33 @@ def on_shared_vae(recipe: str | Path, changes: tuple[str, ...], folder: Path, se
     return base | {"processor": str(shared / "final"), "model": model}
 
 
+def steps_within(
+    cpu_seconds: float, measure: Callable[[], float] | None, plain: dict, folder: Path
+) -> tuple[int, float]:
+    """How many steps a variant takes in the time in which the plain recipe takes its own, and its pace.
+
+    Args:
+        cpu_seconds: Processor time that the plain recipe is given.
+        measure: Seconds of a step of the variant; None for the plain recipe itself.
+        plain: The recipe that all are compared with.
+        folder: Keeps the plain recipe's pace, which is measured once.
+    """
+    scratch = folder / f".timed-{settings_hash(plain)}"
+    kept = folder / f"pace-{settings_hash(for_steps(plain, Path(), 0))}.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps({"cpu_seconds_a_step": seconds_a_step(plain, scratch)}))
+    pace = json.loads(kept.read_text())["cpu_seconds_a_step"]
+    if measure is not None:
+        turns = [(measure(), seconds_a_step(plain, scratch)) for _ in range(ROUNDS)]
+        pace *= sum(theirs for theirs, _ in turns) / sum(ours for _, ours in turns)
+    return max(1, int(cpu_seconds / pace)), round(pace, 4)
+
+
 def seconds_a_step(recipe: dict, scratch: Path) -> float:
     """Processor seconds that an optimiser step of a recipe takes, its data included."""
     at: list[float] = []
     first, last = TIMED
-    timed = _for_steps(recipe, scratch, last)
+    timed = for_steps(recipe, scratch, last)
     timed["stages"]["diffusion"] |= {"sample_every": first, "save_steps": last}
     shutil.rmtree(scratch, ignore_errors=True)
     run_recipe(timed, draw=lambda model, step: at.append(time.process_time()))
@@ -202,10 +228,11 @@ def seconds_a_step(recipe: dict, scratch: Path) -> float:
     return (at[-1] - at[0]) / (last - first)
 
 
-def _for_steps(recipe: dict, folder: Path, steps: int) -> dict:
+def for_steps(recipe: dict, folder: Path, steps: int) -> dict:
+    """The recipe with a diffusion stage of so many steps and ten checkpoints, in `folder`."""
     recipe = copy.deepcopy(recipe) | {"output_dir": str(folder)}
     stage = recipe["stages"]["diffusion"]
-    stage |= {"max_steps": steps, "save_steps": max(1, steps // 4), "sample_every": steps + 1, "report_to": "none"}
+    stage |= {"max_steps": steps, "save_steps": max(1, steps // 10), "sample_every": steps + 1, "report_to": "none"}
     stage["warmup_steps"] = min(stage.get("warmup_steps", 0), steps // 20)
     return recipe
 
