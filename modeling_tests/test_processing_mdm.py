@@ -412,7 +412,9 @@ def test_pixels_that_the_template_gives_no_token_are_refused(processor: MDMProce
     "token", ["</s>", "<pad>", "<|assistant|>", "<|time_image|>", "<|text_end|>", "<|text_target|>"]
 )
 def test_text_cannot_write_control_tokens(processor: MDMProcessor, token: str) -> None:
-    with refuses(r"Got the control token .* need text without one, since the chat template sets them; take it out\."):
+    with refuses(
+        r"Got the control token .* need text without one, since the chat template sets them; (take it out|it marks)"
+    ):
         processor(text=f"ignore {token} this")
 
 

@@ -285,6 +285,12 @@ class MDMConfig(PreTrainedConfig):
         return round(width) if width < 512 else 8 * round(width / 8)
 
     @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens with which a text ends before its canvas does."""
+        ends = self.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+
+    @property
     def control_token_ids(self) -> list[int]:
         """Tokens that frame the latents and are embedded as learned vectors; all others carry latents."""
         return [

@@ -2,7 +2,8 @@
 
 {"role": "user", "content": [parts]}, or a string for one text; parts are {"type": "text", "text": str},
 {"type": "image", "image": picture} and {"type": "class", "class": int}. The parts of a last assistant message are
-targets.
+targets: all of a part, or what its "mask" marks of it, the rest being known. There a part may lack its picture or
+text, which is then all to be made, and a text may hold the mask token, once for each token to be made.
 """
 
 import operator
@@ -30,6 +31,8 @@ class Prompt:
     latents: list[Any] = field(default_factory=list)  # of images that a pixel autoencoder has seen before
     class_id: int = NO_CLASS
     has_targets: bool = False
+    image_masks: dict[int, Any] = field(default_factory=dict)  # by the number of the image among the known ones
+    text_masks: list[list | None] = field(default_factory=list)  # of each text of the last assistant message
 
 
 @dataclass
@@ -38,6 +41,7 @@ class ConversationReader:
 
     special_text: re.Pattern
     image_token: str
+    mask_token: str
     num_classes: int | None = None
 
     def as_messages(self, text: str | None, image: Any, class_id: int | None) -> list[dict]:
@@ -70,7 +74,7 @@ class ConversationReader:
                 "of strings, such as a DataLoader's, are no prompts: give texts as `text`, one string a prompt."
             )
         prompt = Prompt()
-        for message in messages:
+        for number, message in enumerate(messages):
             fields = message if isinstance(message, dict) else {}
             role, content = fields.get("role"), fields.get("content")
             if role not in ROLES:
@@ -80,9 +84,9 @@ class ConversationReader:
                 )
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
+            prompt.has_targets = role == "assistant" and number == len(messages) - 1
             parts = [self._read_part(part, role, prompt) for part in content or []]
             prompt.messages.append({"role": role, "content": [part for part in parts if part is not None]})
-        prompt.has_targets = bool(messages) and messages[-1]["role"] == "assistant"
         if prompt.has_targets and not prompt.messages[-1]["content"]:
             raise ValueError(
                 "Got a last assistant message without a text or image part, and so no target; need at least one; add "
@@ -92,29 +96,15 @@ class ConversationReader:
 
     def _read_part(self, part: Any, role: str, prompt: Prompt) -> dict | None:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MODALITIES and "mask" in part and not prompt.has_targets:
+            raise ValueError(
+                f"Got a mask in {'an' if kind == 'image' else 'a'} {kind} part that is no target; need it in the last "
+                "message, the assistant's, whose parts are what is made; move it there, or leave it out."
+            )
         if kind == "text":
-            text = part.get("text")
-            if not isinstance(text, str):
-                raise ValueError(f"Got a text part with text {text!r}; need a string.")
-            if found := self.special_text.search(text):
-                remedy = "give the image as a part of its own" if found[0] == self.image_token else "take it out"
-                raise ValueError(
-                    f"Got the control token {found[0]} in the text {text[:60]!r}; need text without one, since the "
-                    f"chat template sets them; {remedy}."
-                )
-            return {"type": "text", "text": text}
-        if kind == "image" and part.get("latents") is not None:
-            prompt.latents.append(part["latents"])
-            return {"type": "image"}
+            return self._read_text(part, prompt)
         if kind == "image":
-            key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
-            if key is None:
-                raise ValueError(
-                    "Got an image part without pixels; need {'type': 'image', 'image': picture}; to make an image, "
-                    "leave the part out and pass generate='image'."
-                )
-            prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
-            return {"type": "image"}
+            return self._read_image(part, prompt)
         if kind == "class":
             if role == "assistant":
                 raise ValueError("Got a class part in an assistant message; need it in a user message; move it there.")
@@ -127,6 +117,41 @@ class ConversationReader:
             "MDMProcessor.apply_chat_template."
         )
 
+    def _read_text(self, part: dict, prompt: Prompt) -> dict:
+        text, mask = part.get("text"), part.get("mask")
+        if prompt.has_targets:
+            prompt.text_masks.append(_spans(text, mask))
+            text = self.mask_token if text is None else text
+        if not isinstance(text, str):
+            raise ValueError(f"Got a text part with text {text!r}; need a string.")
+        without_gaps = text.replace(self.mask_token, "") if prompt.has_targets else text
+        if found := self.special_text.search(without_gaps):
+            remedy = "give the image as a part of its own" if found[0] == self.image_token else "take it out"
+            if found[0] == self.mask_token:
+                remedy = "it marks gaps in the parts of a last assistant message alone"
+            raise ValueError(
+                f"Got the control token {found[0]} in the text {text[:60]!r}; need text without one, since the "
+                f"chat template sets them; {remedy}."
+            )
+        return {"type": "text", "text": text}
+
+    def _read_image(self, part: dict, prompt: Prompt) -> dict:
+        key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
+        if part.get("mask") is not None:
+            prompt.image_masks[len(prompt.images) + len(prompt.latents)] = part["mask"]
+        if part.get("latents") is not None:
+            prompt.latents.append(part["latents"])
+        elif key is not None:
+            prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
+        elif not prompt.has_targets or part.get("mask") is not None:
+            raise ValueError(
+                "Got an image part without pixels; need {'type': 'image', 'image': picture}; to make an image, "
+                "leave the part out and pass generate='image'."
+            )
+        else:
+            return {"type": "image", "is_unknown": True}
+        return {"type": "image"}
+
     def _class_id(self, value: Any) -> int:
         try:
             class_id = NO_CLASS if isinstance(value, bool) else operator.index(value)
@@ -138,6 +163,23 @@ class ConversationReader:
                 f"Got class {value!r}; need a whole number of at least 0{upper}; leave the class out for none."
             )
         return class_id
+
+
+def _spans(text: Any, mask: Any) -> list[tuple[int, int | None]] | None:
+    """The characters of a text that are to be made, as (start, end) with None for all to the end of the canvas."""
+    if mask is None:
+        return None
+    spans = []
+    for span in mask if isinstance(mask, list | tuple) and text is not None else [None]:
+        is_pair = isinstance(span, list | tuple) and len(span) == 2 and isinstance(span[0], int)
+        start, end = span if is_pair else (-1, -1)
+        if not (0 <= start <= len(text) and (end is None or (isinstance(end, int) and start < end <= len(text)))):
+            raise ValueError(
+                f"Got the text mask {mask!r} for {text!r:.60}; need a list of (start, end) in its characters, end "
+                "None for all that follows; or leave the mask out and put the mask token where tokens are to be made."
+            )
+        spans.append((start, end))
+    return spans
 
 
 def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:

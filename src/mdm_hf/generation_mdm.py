@@ -26,7 +26,16 @@ from transformers.utils import logging as hf_logging
 
 from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
-from .input_checks import as_generators, check_finite, check_inputs, check_targets, replaced_latents
+from .input_checks import (
+    as_generators,
+    check_finite,
+    check_inputs,
+    check_known_targets,
+    check_targets,
+    frozen_targets,
+    replaced_latents,
+)
+from .noise_schedule import add_noise
 from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
 from .solvers import default_solver, load_solver, solver_for
 
@@ -39,6 +48,7 @@ SAMPLING_OPTIONS = (
     "text_guidance_scale",
     "text_temperature",
     "modality_lag",
+    "strength",
     "use_cache",
 )
 # What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
@@ -57,6 +67,9 @@ class MDMGenerationConfig(GenerationConfig):
         modality_lag: Where image and text are generated together, by what share of its steps one runs ahead: 0 both
             at once, 1 the text is done before the image starts, -1 the reverse. It takes `num_inference_steps * (1 +
             |modality_lag|)` network calls.
+        strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
+            it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
+            network calls.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -69,6 +82,7 @@ class MDMGenerationConfig(GenerationConfig):
         self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
         self.text_temperature = kwargs.pop("text_temperature", 1.0)
         self.modality_lag = kwargs.pop("modality_lag", 1.0)
+        self.strength = kwargs.pop("strength", 1.0)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
         self._commit_hash = kwargs.pop("_commit_hash", None)
@@ -97,6 +111,9 @@ class MDMGenerationConfig(GenerationConfig):
             raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
         if not isinstance(lag, int | float) or not -1 <= lag <= 1:
             raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
+        strength = self.strength
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
 
     @staticmethod
     def _get_default_generation_params() -> dict:
@@ -136,6 +153,7 @@ class _Track:
     first: int  # network call at which it starts
     scheduler: Any
     times: list[float]  # t in [0, 1] at each of its calls
+    skipped: int = 0  # of the scheduler's steps, where it starts from what is known
 
     @property
     def last(self) -> int:
@@ -144,7 +162,7 @@ class _Track:
     def time_after(self, calls: int) -> float:
         """t in [0, 1] when `calls` network calls are done."""
         if calls < self.first:
-            return 1.0
+            return self.times[0] if self.skipped else 1.0
         if calls >= self.last:
             return 0.0
         return self.times[calls - self.first]
@@ -156,7 +174,7 @@ class _Track:
         row's targets alone.
         """
         extra = {} if self.generators is None else {"generator": self.generators}
-        timestep = self.scheduler.timesteps[calls - self.first]
+        timestep = self.scheduler.timesteps[calls - self.first + self.skipped]
         moved = self.scheduler.step(z_0[self.at], timestep, z[self.at], return_dict=False, **extra)[0]
         return z.index_put(self.at, moved)
 
@@ -228,8 +246,9 @@ class MDMGenerationMixin:
                 modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading" time
                 steps.
             callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
-                network call; `decode()` gives a preview as MDMGenerateOutput. It may return {"latents": ...} to
-                replace them.
+                network call; `decode()` gives a preview as MDMGenerateOutput. It may return a dict of some of
+                "latents", to replace them; "frozen", a mask (b, l) of targets that are to stay as they are predicted
+                now and to be a condition of the rest; "input_ids" (b, l), the tokens that frozen text has instead.
             generation_mode: "image" or "text"; checked against the targets, None accepts any.
             image_latents: As in `forward`, in place of `pixel_values`.
             progress_bar: Show the network calls on a progress bar.
@@ -246,6 +265,8 @@ class MDMGenerationMixin:
         input_ids = input_ids.long()
         layout = self.model.layout(input_ids, *fixed)
         check_targets(layout, generation_mode)
+        if config.strength < 1:
+            check_known_targets(self.config, layout, "strength", config.strength)
         generators = as_generators(generator, len(input_ids))
         known_images = self.model.known_images(layout, pixel_values, image_latents)
         conditions = self.model.encode(layout, input_ids, known_images).mean.float()
@@ -259,24 +280,21 @@ class MDMGenerationMixin:
         if scheduler is None:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
         tracks = self._tracks(view.layout, scheduler, config, generators)
-        z = view.start
+        z = view.start(tracks)
         steps = range(max(track.last for track in tracks))
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
             z_0 = view.predict(z, tracks, step)
             for track in tracks:
                 if track.first <= step < track.last:
-                    z = track.advance(step, z_0, z)
+                    z = view.with_frozen(track.advance(step, z_0, z))
             if callback_on_step_end is not None:
-                preview = partial(self._preview, view, z_0, *known)
+                preview = partial(self._decode, view, z_0, *known)
                 times = [track.time_after(step + 1) for track in tracks]
-                changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
+                changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview}) or {}
                 z = replaced_latents(changed, z)
-        output = self._decode(layout, view.restore(z), *known)
+                z = view.freeze(*frozen_targets(changed, layout.is_target), z_0, z)
+        output = self._decode(view, z, *known)
         return output if return_dict_in_generate else output.sequences
-
-    def _preview(self, view, z_0: Tensor, *known) -> MDMGenerateOutput:
-        """What the sample would be if the prediction z0-hat were right."""
-        return self._decode(view.full_layout, view.restore(z_0), *known)
 
     def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
         base = self.generation_config if generation_config is None else generation_config
@@ -300,20 +318,24 @@ class MDMGenerationMixin:
 
     def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:
         steps, lag = config.num_inference_steps, config.modality_lag
+        skipped = steps - max(1, round(steps * config.strength))
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
         has_both = (image.any(1) & text.any(1)).unsqueeze(1)
-        delay = round(steps * abs(lag))
+        delay = round((steps - skipped) * abs(lag))
         tracks = []
         for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
             for rows, first in ((~has_both, 0), (has_both, 0 if is_first else delay)):
                 if bool((mask & rows).any()):
                     alpha_bar = self.model.alpha_bar_of(modality)
                     solver, times = solver_for(scheduler, self.config, modality, steps, alpha_bar)
+                    if skipped and hasattr(solver, "set_begin_index"):
+                        solver.set_begin_index(skipped)
                     row, place = (mask & rows).nonzero(as_tuple=True)
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[i] for i in row.tolist()] if draws else None
                     on_rows = (mask & rows).any(1)
-                    tracks.append(_Track(level, on_rows, (row, place), of_target, first, solver, times))
+                    where = level, on_rows, (row, place), of_target
+                    tracks.append(_Track(*where, first, solver, times[skipped:], skipped))
         return tracks
 
     def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
@@ -325,15 +347,25 @@ class MDMGenerationMixin:
             noise[row, mask[row]] = torch.randn(count, like.shape[-1], generator=generator)
         return noise.to(like.device)
 
-    def _decode(self, layout, latents: Tensor, input_ids: Tensor, known_images, pixel_values) -> MDMGenerateOutput:
-        """Latents (b, l, d) -> text and images (paper Sec. 4.2.2). A partly known image keeps its known patches."""
-        config, sequences = self.config, input_ids.clone()
+    def likeliest_tokens(self, latents: Tensor, is_word: Tensor) -> Tensor:
+        """The text tokens that latents (n, d) decode to, </s> left out where `is_word` (n,): (n,)."""
+        config = self.config
+        logits = check_finite(self.model.vae.decode_tokens(latents.to(self.dtype)).float(), "text")
+        forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
+        logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
+        for end in config.end_token_ids:
+            logits[:, end].masked_fill_(is_word, -torch.inf)
+        return logits.argmax(-1)
+
+    def _decode(self, view: "_Denoiser", z: Tensor, input_ids: Tensor, known_images, pixel_values):
+        """Latents of the active positions (b, m, d) -> MDMGenerateOutput (paper Sec. 4.2.2). A partly known image keeps
+        its known patches."""
+        layout, latents = view.full_layout, view.restore(z)
+        sequences = input_ids.clone()
         text = layout.is_target & layout.is_text
         if bool(text.any()):
-            logits = check_finite(self.model.vae.decode_tokens(latents[text].to(self.dtype)).float(), "text")
-            forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
-            logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
-            sequences[text] = logits.argmax(-1)
+            sequences[text] = self.likeliest_tokens(latents[text], layout.precedes_known_text[text])
+            sequences = torch.where(view.said < 0, sequences, view.said)
         images: list[list[Tensor]] = [[] for _ in range(len(input_ids))]
         wanted = layout.is_target & layout.is_patch
         for row in wanted.any(1).nonzero().flatten().tolist():
@@ -364,7 +396,8 @@ class _Denoiser:
         self.conditions = conditions
         self.noise = pick(noise, self.index[0])
         self.clean = pick(conditions, self.index[0])
-        self.start = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
+        self.frozen = torch.zeros_like(self.layout.is_target)
+        self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
 
         both, class_pair, latents = layout, class_ids, conditions
         if self.guided:
@@ -392,6 +425,44 @@ class _Denoiser:
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)
 
+    def start(self, tracks: list[_Track]) -> Tensor:
+        """z_t (b, m, d) before the first network call: noise, or what is known under as much of it as is left."""
+        z = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
+        for track in tracks:
+            if track.skipped:
+                t = torch.full((len(z), 2), track.times[0], device=z.device)
+                level = self.model.model.alpha_bar_at(self.layout, t)[track.at]
+                z = z.index_put(track.at, add_noise(self.clean[track.at], self.noise[track.at], level))
+        return z
+
+    def freeze(self, mask: Tensor | None, input_ids: Tensor | None, z_0: Tensor, z: Tensor) -> Tensor:
+        """z (b, m, d) with the targets in `mask` (b, l) fixed at z0-hat, text at its likeliest tokens or those of
+        `input_ids`; from now on they are conditions, in their place."""
+        if mask is None:
+            return z
+        model, index = self.model, self.index[0]
+        new = mask.gather(1, index) & self.layout.is_target
+        text = new & self.layout.is_text
+        if input_ids is None:
+            tokens = model.likeliest_tokens(z_0[text], self.layout.precedes_known_text[text])
+        else:
+            tokens = input_ids.gather(1, index)[text]
+        row, place = text.nonzero(as_tuple=True)
+        self.said[row, index[row, place]] = tokens
+        fixed = z_0.clone()
+        fixed[text] = model.model.vae.encode_tokens(tokens.unsqueeze(0)).mean[0].float()
+        self.clean = torch.where(new.unsqueeze(-1), fixed, self.clean)
+        self.frozen = self.frozen | new
+        pairs = 2 if self.guided else 1
+        for layout, frozen in ((self.layout, new), (self.pair_layout, new.repeat(pairs, 1))):
+            layout.is_target = layout.is_target & ~frozen
+            layout.level = layout.level.masked_fill(frozen, 0)
+        self.text = (self.layout.is_text & self.layout.is_target).nonzero(as_tuple=True)
+        return self.with_frozen(z)
+
+    def with_frozen(self, z: Tensor) -> Tensor:
+        return torch.where(self.frozen.unsqueeze(-1), self.clean, z)
+
     def predict(self, z: Tensor, tracks: list[_Track], step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
@@ -401,6 +472,7 @@ class _Denoiser:
             t[:, track.level - 1] = torch.where(track.rows, track.time_after(step), t[:, track.level - 1])
             if step >= track.last:
                 is_done[track.at] = True
+        is_done = is_done & self.layout.is_target
         if self.guided:
             z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), self.noise, z)])
             t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])

@@ -282,6 +282,38 @@ class MDMImageProcessorPil(PilBackend):
             )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
+    def patch_mask(self, mask: Any, grid: Sequence[int]) -> np.ndarray:
+        """Which patches of a picture a mask of it touches: (rows, columns) bool.
+
+        Args:
+            mask: PIL image or array (height, width) of what is to be made: white, or at least half of it. It is laid
+                over the picture as the picture is processed: stretched or, with `aspect_ratio_buckets`, cut.
+            grid: (rows, columns) of the picture in patches.
+
+        Raises:
+            ValueError: no mask of two dimensions, or one that marks nothing.
+        """
+        if isinstance(mask, Image.Image):
+            array = np.asarray(mask.convert("L")) / 255
+        else:
+            array = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+            array = array / 255 if array.dtype == np.uint8 and array.max(initial=0) > 1 else array
+        if array.ndim != 2 or array.dtype.kind not in "biuf" or not array.size or not (array >= 0.5).any():
+            raise ValueError(
+                f"Got an image mask of type {type(mask).__name__}, shape {array.shape} that marks nothing, or none of "
+                "two dimensions; need a picture or (height, width) numbers, white or 1 where pixels are to be made."
+            )
+        rows, columns = grid
+        marked = array >= 0.5
+        if self.aspect_ratio_buckets:
+            marked = _centre_crop(marked[None], rows, columns)[0]
+        h, w = marked.shape
+        sums = np.pad(marked.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        top, left = (np.arange(n) * side // n for n, side in ((rows, h), (columns, w)))
+        bottom, right = (-(-np.arange(1, n + 1) * side // n) for n, side in ((rows, h), (columns, w)))
+        inside = sums[bottom][:, right] - sums[top][:, right] - sums[bottom][:, left] + sums[top][:, left]
+        return inside > 0
+
     def pad_latents(self, latents: Sequence) -> dict[str, np.ndarray]:
         """Latents (c, h, w) of pictures -> `image_latents` (n, c, h, w), padded with 0, and `image_grid_hw` (n, 2).
 

@@ -155,16 +155,36 @@ def as_generators(generator, batch: int) -> list[torch.Generator | None]:
 def replaced_latents(changed, z: Tensor) -> Tensor:
     """The latents after `callback_on_step_end` returned `changed`; whether they are finite shows where they are
     decoded, as a look at their values would make every step wait for the device."""
-    if changed is None:
-        return z
     latents = changed.get("latents", z) if isinstance(changed, dict) else changed
-    if not isinstance(changed, dict) or not isinstance(latents, Tensor) or latents.shape != z.shape:
+    known = isinstance(changed, dict) and set(changed) <= {"latents", "frozen", "input_ids"}
+    if not known or not isinstance(latents, Tensor) or latents.shape != z.shape:
         got = f"latents of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"{latents!r:.60}"
+        got = got if known or not isinstance(changed, dict) else f"a dict of {', '.join(map(repr, changed))}"
         raise ValueError(
             f"`callback_on_step_end` returned {got}; it must return None or {{'latents': a tensor of shape "
-            f"{tuple(z.shape)}}}, the shape that it was given."
+            f"{tuple(z.shape)}}}, the shape that it was given, with 'frozen' and 'input_ids' if need be."
         )
     return latents.to(z)
+
+
+def frozen_targets(changed: dict, is_target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The mask "frozen" and the "input_ids" that `callback_on_step_end` returned: (b, l) each, or None."""
+    frozen, input_ids = changed.get("frozen"), changed.get("input_ids")
+    for name, value in (("frozen", frozen), ("input_ids", input_ids)):
+        if value is not None and not (isinstance(value, Tensor) and value.shape == is_target.shape):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(
+                f"`callback_on_step_end` returned {name!r} of {got}; it must be a tensor of shape "
+                f"{tuple(is_target.shape)}, the shape of the model's `input_ids`."
+            )
+    if input_ids is not None and frozen is None:
+        raise ValueError(
+            "`callback_on_step_end` returned 'input_ids' without 'frozen'; return the mask of the text that they "
+            "replace, too."
+        )
+    return (None if frozen is None else frozen.to(is_target.device).bool()), (
+        None if input_ids is None else input_ids.to(is_target.device).long()
+    )
 
 
 def check_finite(decoded: Tensor, modality: str) -> Tensor:
@@ -192,6 +212,18 @@ def check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
             raise ValueError(
                 f"`generation_mode` is {generation_mode!r}, but the inputs have no such target; make them with "
                 f"generate=({generation_mode!r},)."
+            )
+
+
+def check_known_targets(config: MDMConfig, layout: SequenceLayout, name: str, value: Any) -> None:
+    """Raises ValueError where a target is a placeholder; `name` and `value` are the option that needs it known."""
+    for kind, token in (("text", config.text_target_token_id), ("image", config.image_target_token_id)):
+        bare = (layout.is_target & (layout.input_ids == token)).nonzero()
+        if len(bare):
+            raise ValueError(
+                f"Got {name}={value} and a target {kind} of which nothing is known, at row {bare[0, 0].item()}, place "
+                f"{bare[0, 1].item()}; need what to start from; put it there as the part of a last assistant message, "
+                f"in the pipeline as `canvas`, or leave {name} out."
             )
 
 

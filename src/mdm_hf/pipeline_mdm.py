@@ -36,6 +36,7 @@ GENERATE_OPTIONS = (
     "text_guidance_scale",
     "text_temperature",
     "modality_lag",
+    "strength",
     "scheduler",
 )
 CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
@@ -147,6 +148,7 @@ class MDMPipeline(Pipeline):
         class_ids=None,
         messages=None,
         *,
+        canvas=None,
         num_return_sequences: int = 1,
         seed: int | None = None,
         batch_size: int | None = None,
@@ -161,6 +163,10 @@ class MDMPipeline(Pipeline):
             messages: Conversations instead of the three above: one list of messages, or a list of such lists.
                 Each of the four may also be a data set, a generator, or whatever else can be iterated. `text` may
                 hold whole prompts: conversations, or dicts with any of the four names, as rows of a data set are.
+            canvas: What the answer starts from, instead of `generate`: the parts of an assistant message, {"type":
+                "image" | "text"}, one or a list, or a list of such lists, one a prompt. A "mask" says what of a part
+                is to be made, and the rest stays as it is; see [`MDMProcessor.apply_chat_template`]. With `strength`
+                below 1, what is to be made starts from what is there.
             num_return_sequences: Samples per prompt.
             seed: Sample n of the returned list is drawn with seed + n, and depends on nothing else but its prompt: in
                 float32 to the byte, in half precision up to a few grey levels, as a matrix product is rounded
@@ -171,7 +177,7 @@ class MDMPipeline(Pipeline):
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's.
-            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag: See
+            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength: See
                 [`MDMGenerationConfig`]; the model's defaults where None.
 
         Returns:
@@ -183,8 +189,9 @@ class MDMPipeline(Pipeline):
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
         size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
-        stages = self._stages(options)
-        prompts = read_prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        stages = self._stages(options, canvas)
+        conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
+        prompts = read_prompts(num_return_sequences, **conditions)
         results = self._results(prompts, size, _first_seed(seed), *stages, callback_on_step_end)
         return list(results) if isinstance(prompts, list) else results
 
@@ -195,6 +202,7 @@ class MDMPipeline(Pipeline):
         class_ids=None,
         messages=None,
         *,
+        canvas=None,
         num_return_sequences: int = 1,
         seed: int | None = None,
         callback_on_step_end: Callable | None = None,
@@ -205,7 +213,7 @@ class MDMPipeline(Pipeline):
         The network waits until the next look is asked for, and stops when no more is.
 
         Args:
-            text, images, class_ids, messages: Values or lists, as in a call.
+            text, images, class_ids, messages, canvas: Values or lists, as in a call.
             num_return_sequences, seed, callback_on_step_end, options: As in a call. The callback runs before the look
                 is taken, in the thread of the network.
 
@@ -216,8 +224,9 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: as a call; prompts that are neither values nor lists.
         """
-        for_processor, for_generate = self._stages(options)
-        prompts = read_prompts(num_return_sequences, text=text, images=images, class_ids=class_ids, messages=messages)
+        for_processor, for_generate = self._stages(options, canvas)
+        conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
+        prompts = read_prompts(num_return_sequences, **conditions)
         if not isinstance(prompts, list):
             raise ValueError(
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
@@ -271,8 +280,14 @@ class MDMPipeline(Pipeline):
             asked.append(prompt["messages"] or self.processor.as_messages(*conditions))
         return score_choices(self.model, self.processor, asked, choices, num_samples, seed, batch_size, max_new_tokens)
 
-    def _stages(self, options: dict) -> tuple[dict, dict]:
+    def _stages(self, options: dict, canvas=None) -> tuple[dict, dict]:
         """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
+        if canvas is not None and options.get("generate") is not None:
+            raise ValueError(
+                f"Got generate={options['generate']!r} and a canvas, whose parts say what is made; need one of the "
+                'two; leave `generate` out, and put {"type": "image"} or {"type": "text"} into the canvas for a part '
+                "that is all to be made."
+            )
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
         for_processor = self._preprocess_params | for_processor
         for_processor["generate"] = as_modalities(for_processor.get("generate", MODALITIES))
@@ -299,6 +314,9 @@ class MDMPipeline(Pipeline):
 
     def preprocess(self, batch: list, **options):
         """Prompts -> model inputs."""
+        if any(prompt.get("canvas") is not None for prompt in batch):
+            batch = [self._with_canvas(prompt) for prompt in batch]
+            options.pop("generate", None)
         conversations = [prompt["messages"] for prompt in batch if prompt["messages"] is not None]
         if 0 < len(conversations) < len(batch):
             raise ValueError(
@@ -307,10 +325,25 @@ class MDMPipeline(Pipeline):
             )
         if conversations:
             inputs = self.processor.apply_chat_template(conversations, return_tensors="pt", **options)
+            inputs.pop("labels", None)  # of a canvas whose targets are known
         else:
             columns = {name: [prompt[name] for prompt in batch] for name in CONDITIONS[:3]}
             inputs = self.processor(**columns, return_tensors="pt", **options)
         return inputs.to(self.model.device)
+
+    def _with_canvas(self, prompt: dict) -> dict:
+        """A prompt as a conversation that ends with its canvas."""
+        canvas = prompt.get("canvas")
+        if canvas is None:
+            raise ValueError(
+                "Got a batch with prompts that have a canvas and others that have none; need all of one kind; make "
+                "two calls."
+            )
+        messages = prompt["messages"]
+        if messages is None:
+            messages = self.processor.as_messages(*(prompt[name] for name in CONDITIONS[:3]))
+        content = [canvas] if isinstance(canvas, dict) else list(canvas)
+        return {"messages": [*messages, {"role": "assistant", "content": content}]}
 
     def _forward(self, inputs, **options):
         return self.model.generate(**inputs, **options)

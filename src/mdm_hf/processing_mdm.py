@@ -1,7 +1,8 @@
 """Conversations to token rows with pixels and masks, and generated rows back to text and pictures.
 
 - Every input goes one way: parts -> chat template -> token ids -> placeholders expanded, canvases filled.
-- The parts of a last assistant message are targets, known in training; otherwise `generate` says what to make.
+- The parts of a last assistant message are targets, known in training; otherwise `generate` says what to make. A mask
+  says what of a part is to be made: in training what is learnt, in generation what is filled in.
 - Control tokens come from the template alone: text that spells one is refused.
 
 A row:  <|class|> { role { <|image_start|> patches <|image_end|> | <|text_start|> tokens <|text_end|> } }
@@ -10,7 +11,7 @@ with <|time_image|> or <|time_text|> before the first target segment of each mod
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = """\
     {%- for part in parts -%}
         {%- if part.type == 'image' -%}
             {%- if is_target and not made.image -%}{{- '<|time_image|>' -}}{%- set made.image = true -%}{%- endif -%}
-            {{- '<|image_start|><|image|><|image_end|>' -}}
+            {{- '<|image_start|>' ~ ('<|image_target|>' if part.is_unknown else '<|image|>') ~ '<|image_end|>' -}}
         {%- else -%}
             {%- if is_target and not made.text -%}{{- '<|time_text|>' -}}{%- set made.text = true -%}{%- endif -%}
             {{- '<|text_start|>' ~ part.text ~ '<|text_end|>' -}}
@@ -99,6 +100,7 @@ class MDMProcessor(ProcessorMixin):
         self._grid(self.image_size)
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
+        self.mask_token = tokenizer.text_target_token
         # Looked up once: an attribute of the tokenizer costs as much as the rest of the work on a token.
         self._ids = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in CONTROL_TOKENS}
         self._special_text = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
@@ -199,7 +201,11 @@ class MDMProcessor(ProcessorMixin):
                 such lists. Parts: {"type": "text", "text": str}, {"type": "image", "image": PIL image, array, path
                 or URL}, {"type": "image", "latents": (c, h, w)} as a LatentCache has them, {"type": "class", "class":
                 int}. If the last message is the assistant's, its parts are the targets and the output has `labels`:
-                token ids at target text, -100 elsewhere.
+                token ids at target text, -100 elsewhere. There a part may have a "mask" of what of it is a target:
+                of an image a picture or array over it, white or 1 where patches are to be made; of a text a list of
+                (start, end) in its characters, end None for all to the end of the canvas. Without its picture or text
+                a part is all to be made, and in a text each `mask_token` is one token to be made; such targets
+                are unknown, and without `labels`.
             chat_template: The name of one of the processor's templates, where it has several, or Jinja source instead
                 of its own.
             generate: "image", "text" or both, where the last message is not the assistant's; ("text",) if None.
@@ -253,7 +259,7 @@ class MDMProcessor(ProcessorMixin):
 
     @property
     def _reader(self) -> ConversationReader:
-        return ConversationReader(self._special_text, self.image_token, self.num_classes)
+        return ConversationReader(self._special_text, self.image_token, self.mask_token, self.num_classes)
 
     def _template(self, name: str | None = None) -> str:
         """A template's Jinja source, by its name if the processor has several; what is no name is a source."""
@@ -292,20 +298,32 @@ class MDMProcessor(ProcessorMixin):
         rendered = self._render(prompts, generate, template or self._template(), variables or {})
         # `expand_placeholders` refuses what is too long; the tokenizer's own warning would only foretell it.
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        token_ids = self.tokenizer(rendered, **options)["input_ids"]
+        tokenized = self.tokenizer(rendered, return_offsets_mapping=True, **options)
 
         known = self._known_images(prompts, image_options)
-        known_grids = iter(np.asarray(known.pop("image_grid_hw", [])).tolist())
+        known_grids = np.asarray(known.pop("image_grid_hw", [])).tolist()
+        patch_masks, known_images = self._patch_masks(prompts, known_grids), iter(known_grids)
         limits = canvas, self.tokenizer.model_max_length
         rows = []
-        for prompt, text, ids in zip(prompts, rendered, token_ids, strict=True):
+        of_rows = tokenized["input_ids"], tokenized["offset_mapping"]
+        for prompt, text, ids, offsets in zip(prompts, rendered, *of_rows, strict=True):
             given = len(prompt.images) + len(prompt.latents)
             if ids.count(self.image_token_id) != given:
                 raise ValueError(
                     f"Got {ids.count(self.image_token_id)} {self.image_token} for {given} image(s); need "
                     "one each; mend the chat template so that it renders every image part."
                 )
-            row = expand_placeholders(ids, self._ids, known_grids, target_grid, *limits, self.tokenizer.decode)
+            row = expand_placeholders(
+                ids,
+                offsets,
+                self._ids,
+                known_images,
+                target_grid,
+                *limits,
+                self.tokenizer.decode,
+                patch_masks,
+                prompt.text_masks,
+            )
             absent = [name for name in generate if self._ids[f"{name}_target_token"] not in ids]
             if absent or not any(row.target_mask):
                 raise ValueError(
@@ -317,7 +335,7 @@ class MDMProcessor(ProcessorMixin):
 
         data = pad_rows(rows, self._ids["pad_token"], self._length(rows, row_options))
         data["class_ids"] = np.array([prompt.class_id for prompt in prompts], dtype=np.int64)
-        if generate:
+        if generate or not all(row.is_known for row in rows):
             del data["labels"]
         return BatchFeature(data | known, tensor_type=row_options.get("return_tensors", "pt"))
 
@@ -333,6 +351,13 @@ class MDMProcessor(ProcessorMixin):
         if latents:
             return self.image_processor.pad_latents(latents)
         return dict(self.image_processor(pictures, **options)) if pictures else {}
+
+    def _patch_masks(self, prompts: list[Prompt], grids: list[list[int]]) -> Iterator[np.ndarray | None]:
+        """Of each known image in turn, which patches its mask marks; None where it has none."""
+        numbers = [(prompt, i) for prompt in prompts for i in range(len(prompt.images) + len(prompt.latents))]
+        for (prompt, i), grid in zip(numbers, grids, strict=True):
+            mask = prompt.image_masks.get(i)
+            yield None if mask is None else self.image_processor.patch_mask(mask, grid)
 
     @staticmethod
     def _length(rows: list, options: dict) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-CONDITIONS = ("text", "images", "class_ids", "messages")
+CONDITIONS = ("text", "images", "class_ids", "messages", "canvas")
 
 
 def read_prompts(repeats: int, **columns) -> list[dict] | Iterator[dict]:
@@ -22,8 +22,8 @@ def read_prompts(repeats: int, **columns) -> list[dict] | Iterator[dict]:
         ValueError: columns of different lengths, empty ones, conditions that do not go together.
     """
     repeats = whole_number("num_return_sequences", repeats)
-    for name in ("text", "messages"):
-        if _is_conversation(columns[name]):  # one, not a batch
+    for name, field in (("text", "role"), ("messages", "role"), ("canvas", "type")):
+        if _is_list_of(field, columns.get(name)):  # one, not a batch
             columns[name] = [columns[name]]
     many = {name: v for name, v in columns.items() if _is_lazy(v) or _is_batch(v, 4 if name == "images" else 1)}
     lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
@@ -49,8 +49,9 @@ def whole_number(name: str, value, least: int = 1) -> int:
     return number
 
 
-def _is_conversation(value) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+def _is_list_of(field: str, value) -> bool:
+    """Messages, by their role, or parts of one, by their type."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and field in value[0]
 
 
 def _is_batch(value, dimensions: int) -> bool:
@@ -87,7 +88,7 @@ def _prompt(prompt: dict) -> dict:
         if unknown := sorted(set(text) - set(CONDITIONS)):
             raise ValueError(
                 f"Got a prompt with {', '.join(map(repr, unknown))}; need some of {', '.join(CONDITIONS)}; rename or "
-                "drop the others, or pass one column as text=, images=, class_ids= or messages=."
+                "drop the others, or pass one column as text=, images=, class_ids=, messages= or canvas=."
             )
         prompt = prompt | {"text": None} | text
     if prompt["messages"] is not None and any(prompt[name] is not None for name in CONDITIONS[:3]):

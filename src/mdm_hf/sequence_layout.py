@@ -41,6 +41,7 @@ class SequenceLayout:
     image_index: Tensor  # which image of the batch, counted over all images
     known_index: Tensor  # which image of `pixel_values`
     level: Tensor
+    precedes_known_text: Tensor  # a target text token with a known one after it, so that the text cannot end here
 
     def select(self, index: Tensor, is_real: Tensor) -> "SequenceLayout":
         """The layout of the positions `index` (b, m); those not `is_real` become padding."""
@@ -135,6 +136,9 @@ def build_layout(
     level = torch.where(is_target, torch.where(is_patch, 1, 2), 0)
     level = torch.where(input_ids == config.time_image_token_id, 1, level)
     level = torch.where(input_ids == config.time_text_token_id, 2, level)
+    is_known_word = is_text & ~is_target
+    for end in config.end_token_ids:
+        is_known_word = is_known_word & (input_ids != end)
     return SequenceLayout(
         input_ids=input_ids,
         is_padding=is_padding,
@@ -153,7 +157,15 @@ def build_layout(
         image_index=image_index,
         known_index=known_index,
         level=level,
+        precedes_known_text=is_text & is_target & _precedes(is_known_word, segment),
     )
+
+
+def _precedes(mask: Tensor, segment: Tensor) -> Tensor:
+    """Where `mask` (b, l) holds further on in the same segment."""
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    last = torch.full_like(place, -1).scatter_reduce(1, segment, torch.where(mask, place, -1), "amax")
+    return place < last.gather(1, segment)
 
 
 def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:

@@ -3,6 +3,7 @@
 Plain Python and NumPy. `tokens` is the id of each control token, by the name of the tokenizer's attribute.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -33,36 +34,59 @@ class TokenRow:
     target_mask: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     grids: list[list[int]] = field(default_factory=list)  # [rows, columns] in patches of each image
+    is_known: bool = True  # all that is to be made is there, so that it can be learnt from
 
-    def add(self, ids: list[int], is_target: bool = False, is_labelled: bool = False) -> None:
+    def add(self, ids: list[int], is_target: Sequence[bool] = (), is_text: bool = False) -> None:
+        marks = is_target or [False] * len(ids)
         self.input_ids += ids
-        self.target_mask += [int(is_target)] * len(ids)
-        self.labels += ids if is_labelled else [IGNORED_LABEL] * len(ids)
+        self.target_mask += map(int, marks)
+        self.labels += [one if mark and is_text else IGNORED_LABEL for one, mark in zip(ids, marks, strict=True)]
 
 
 def expand_placeholders(
     ids: list[int],
+    offsets: Sequence[tuple[int, int]],
     tokens: dict[str, int],
     known_grids: Iterator[list[int]],
     target_grid: list[int],
     canvas: int,
     max_text: int,
     decode: Callable[[list[int]], str],
+    patch_masks: Iterator[np.ndarray | None],
+    text_masks: Sequence[list[tuple[int, int | None]] | None] = (),
 ) -> TokenRow:
-    """Expands image placeholders to their patches and target texts to their canvas; `decode` words the errors."""
-    row, in_targets, i = TokenRow(), False, 0
+    """Expands image placeholders to their patches and target texts to their canvas.
+
+    Args:
+        ids, offsets: The rendered conversation, and the characters that each token stands for.
+        tokens: Ids of the control tokens.
+        known_grids, patch_masks: Of each known image in turn, [rows, columns] and which patches are to be made, all
+            of a target's if None.
+        target_grid: [rows, columns] of an image to be made.
+        canvas, max_text: Most tokens of a target text, and of another one.
+        decode: Words the errors.
+        text_masks: Of each target text, the (start, end) of what is to be made in its characters; all of it if None.
+    """
+    row, in_targets, i, texts = TokenRow(), False, 0, iter(text_masks)
+    gap = tokens["text_target_token"]
     while i < len(ids):
         if ids[i] == tokens["text_start_token"]:
             end = ids.index(tokens["text_end_token"], i)
             body = ids[i + 1 : end]
-            if body == [tokens["text_target_token"]]:
-                body = body * canvas
-            elif in_targets:
+            is_target: list[bool] = []
+            if in_targets:
+                spans = next(texts, None)
+                if body == [gap]:
+                    body = body * canvas
                 if len(body) > canvas:
                     raise ValueError(
                         f"Got a target text of {len(body)} tokens, {decode(body)[:60]!r}; need at most "
                         f"max_new_tokens = {canvas}; shorten it or raise max_new_tokens."
                     )
+                start = offsets[i][1]
+                places = [(a - start, b - start) for a, b in offsets[i + 1 : end]]
+                is_target = _targets_of(body, places, gap, spans, canvas, decode)
+                row.is_known = row.is_known and gap not in body
                 body = body + [tokens["eos_token"]] * (canvas - len(body))
             elif len(body) > max_text:
                 raise ValueError(
@@ -70,18 +94,43 @@ def expand_placeholders(
                     f"model_max_length = {max_text}; shorten it."
                 )
             row.add([ids[i]])
-            row.add(body, is_target=in_targets, is_labelled=in_targets)
+            row.add(body, is_target, is_text=True)
             row.add([ids[end]])
             i = end
         elif ids[i] in (tokens["image_token"], tokens["image_target_token"]):
-            grid = next(known_grids) if ids[i] == tokens["image_token"] else target_grid
+            is_known = ids[i] == tokens["image_token"]
+            grid, mask = (next(known_grids), next(patch_masks)) if is_known else (target_grid, None)
+            count = grid[0] * grid[1]
             row.grids.append(grid)
-            row.add([ids[i]] * (grid[0] * grid[1]), is_target=in_targets)
+            row.is_known = row.is_known and is_known
+            row.add([ids[i]] * count, [in_targets] * count if mask is None else mask.flatten().tolist())
         else:
             in_targets = in_targets or ids[i] in (tokens["time_image_token"], tokens["time_text_token"])
             row.add([ids[i]])
         i += 1
     return row
+
+
+def _targets_of(
+    body: list[int],
+    places: list[tuple[int, int]],
+    gap: int,
+    spans: list[tuple[int, int | None]] | None,
+    canvas: int,
+    decode: Callable[[list[int]], str],
+) -> list[bool]:
+    """Which tokens of a canvas are to be made: the gaps, those that a span touches, or all; the </s> after a text
+    where its end is to be made."""
+    if spans is None:
+        return [one == gap for one in body] + [False] * (canvas - len(body)) if gap in body else [True] * canvas
+    marks = [
+        any(first < (math.inf if end is None else end) and last > start for start, end in spans)
+        for first, last in places
+    ]
+    marks += [any(end is None for _, end in spans)] * (canvas - len(body))
+    if not any(marks):
+        raise ValueError(f"Got a text mask {spans} that touches no token of {decode(body)[:60]!r}; widen it.")
+    return marks
 
 
 def pad_rows(rows: Sequence[TokenRow], pad_token_id: int, length: int) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .gaps import with_gaps
 from .records import image_part, text_part
 
 
@@ -155,6 +156,7 @@ def conversation(
     augment: bool = False,
     condition_dropout: float = 0.0,
     class_probability: float = 0.0,
+    infill: float = 0.0,
 ) -> dict:
     """One training example of `task`: the parts of its assistant message are the targets.
 
@@ -163,6 +165,7 @@ def conversation(
         condition_dropout: Probability to leave out the class of class_to_image or the user turn of text_to_image:
             what guidance contrasts with.
         class_probability: Probability to tell the class beside the condition of the other conditional tasks.
+        infill: Share of examples whose targets are known in part; see [`with_gaps`].
     """
     label = int(label)
     seen = augmented(image, rng) if augment and task in ("image_to_text", "question_answering") else image
@@ -192,7 +195,7 @@ def conversation(
     if task in ("class_to_image", "text_to_image") and rng.random() < condition_dropout:
         user = []
     messages = [{"role": "user", "content": user}] if user else []
-    return {"messages": messages + [{"role": "assistant", "content": assistant}]}
+    return {"messages": with_gaps([*messages, {"role": "assistant", "content": assistant}], rng, infill)}
 
 
 class DigitsSource:
@@ -201,7 +204,7 @@ class DigitsSource:
     Args:
         split: "train" or "heldout".
         tasks: Task -> weight; the weights need not sum to one.
-        augment, condition_dropout, class_probability: See [`conversation`].
+        augment, condition_dropout, class_probability, infill: See [`conversation`].
     """
 
     on_bad = "refuse"  # there are no bad digits
@@ -214,6 +217,7 @@ class DigitsSource:
         augment: bool = True,
         condition_dropout: float = 0.1,
         class_probability: float = 0.1,
+        infill: float = 0.0,
     ):
         if unknown := sorted(set(tasks) - set(TASKS)):
             raise ValueError(f"Got task weights for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
@@ -223,6 +227,7 @@ class DigitsSource:
             "augment": augment,
             "condition_dropout": condition_dropout,
             "class_probability": class_probability,
+            "infill": infill,
         }
 
     def __len__(self) -> int:

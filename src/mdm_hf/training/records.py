@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .gaps import with_gaps
+
 
 TASKS = (
     "class_to_image",
@@ -70,7 +72,9 @@ class Record:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def conversation_of(record: Record, task: str, rng: np.random.Generator, condition_dropout: float = 0.1) -> dict:
+def conversation_of(
+    record: Record, task: str, rng: np.random.Generator, condition_dropout: float = 0.1, infill: float = 0.0
+) -> dict:
     """One training example of `task`; what a record has several of is drawn at random.
 
     Args:
@@ -78,13 +82,14 @@ def conversation_of(record: Record, task: str, rng: np.random.Generator, conditi
             assistant turn drawn at random, with everything before it as context.
         condition_dropout: Probability to leave out the condition of class_to_image and text_to_image: what guidance
             contrasts with.
+        infill: Share of examples whose targets are known in part; see [`with_gaps`].
 
     Raises:
         BadRow: `record` has not what the task needs.
         ValueError: no such task.
     """
     if task == "conversation":
-        return {"messages": _up_to_a_drawn_answer(record.messages, rng)}
+        return {"messages": with_gaps(_up_to_a_drawn_answer(record.messages, rng), rng, infill)}
     if task not in TASKS:
         raise ValueError(f"Got task {task!r}; choose one of {', '.join(TASKS)}.")
     need = partial(_field, record, task)
@@ -116,7 +121,7 @@ def conversation_of(record: Record, task: str, rng: np.random.Generator, conditi
         if task in ("class_to_image", "text_to_image") and rng.random() < condition_dropout:
             user = []
     messages = [{"role": "user", "content": user}] if user else []
-    return {"messages": [*messages, {"role": "assistant", "content": assistant}]}
+    return {"messages": with_gaps([*messages, {"role": "assistant", "content": assistant}], rng, infill)}
 
 
 def drawn(items: Sequence, rng: np.random.Generator) -> Any:
@@ -143,7 +148,8 @@ def with_images(conversation: dict, opened: Callable[[Any], Any]) -> dict:
         if one["type"] != "image":
             return one
         image = opened(one.get("image"))
-        return image if isinstance(image, dict) else image_part(image)
+        mask = {"mask": one["mask"]} if "mask" in one else {}
+        return (image if isinstance(image, dict) else image_part(image)) | mask
 
     messages = [{**message, "content": [part(p) for p in message["content"]]} for message in conversation["messages"]]
     return {"messages": messages}

@@ -1,0 +1,343 @@
+"""Claims about targets that are known in part: masks, gaps, strength, and what is frozen while it is denoised."""
+
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import LATENT, batch, generators, tiny_model
+
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, MDMPipeline, MDMProcessor
+from mdm_hf.generation_mdm import _Denoiser
+from mdm_hf.noise_schedule import alpha_bar
+from mdm_hf.training.digits import DigitsSource
+from mdm_hf.training.gaps import drawn_box, drawn_span, with_gaps
+from mdm_hf.training.trainer import ConversationCollator
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+CANVAS = 8
+UPPER = np.repeat([True, False], [4, 4])[:, None].repeat(8, 1)  # of 8x8 pixels
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MDMPipeline:
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
+    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
+    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu", num_inference_steps=3)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def processor(pipe) -> MDMProcessor:
+    return pipe.processor
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+def answer(*parts: dict) -> list[dict]:
+    return [{"role": "assistant", "content": list(parts)}]
+
+
+def targets(processor, inputs, row: int = 0) -> list[str]:
+    ids = inputs["input_ids"][row][inputs["target_mask"][row] == 1]
+    return processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_a_mask_over_a_picture_makes_targets_of_the_patches_that_it_touches(processor) -> None:
+    one_pixel = np.zeros((8, 8))
+    one_pixel[5, 3] = 1
+    for mask, marked in ((UPPER, range(8)), (one_pixel, [9]), (Image.fromarray(UPPER), range(8))):
+        inputs = processor.apply_chat_template(answer({"type": "image", "image": picture(), "mask": mask}))
+        ids, target = inputs["input_ids"][0], inputs["target_mask"][0]
+        patches = (ids == processor.image_token_id).nonzero().flatten()
+        assert target[patches].nonzero().flatten().tolist() == list(marked)
+        assert target.sum() == len(marked)
+        assert inputs["pixel_values"].shape == (1, 1, 8, 8)
+
+
+def test_a_mask_is_laid_over_the_picture_as_the_picture_is_processed() -> None:
+    plain = MDMImageProcessorPil(size={"height": 8, "width": 8}, patch_size=2, num_channels=1)
+    tall = np.zeros((12, 4), dtype=np.uint8)
+    tall[:3] = 255
+    assert plain.patch_mask(tall, (4, 4)).tolist() == [[True] * 4] + [[False] * 4] * 3
+    assert plain.patch_mask(torch.tensor(tall), (3, 2)).tolist() == [[True] * 2] + [[False] * 2] * 2
+    cut = MDMImageProcessorPil(
+        size={"height": 8, "width": 8}, patch_size=2, num_channels=1, aspect_ratio_buckets=[[8, 8]]
+    )
+    tall[:5] = 255
+    assert cut.patch_mask(tall, (4, 4)).tolist() == [[True] * 4] + [[False] * 4] * 3  # rows 4 to 7 are left
+
+
+@pytest.mark.parametrize("mask", [np.zeros((8, 8)), np.ones(8), np.ones((8, 8, 3)), np.array([["a"]])])
+def test_a_mask_that_marks_nothing_is_refused(processor, mask) -> None:
+    with pytest.raises(ValueError, match="Got an image mask of type ndarray.* need a picture or .*, white or 1 where"):
+        processor.apply_chat_template(answer({"type": "image", "image": picture(), "mask": mask}))
+
+
+@pytest.mark.parametrize(
+    ("mask", "made"),
+    [
+        ([(2, 13)], ["▁handwritten"]),
+        ([(5, 6)], ["▁handwritten"]),  # a token that is touched is made as a whole
+        ([(0, 1), (14, 19)], ["▁a", "▁three"]),
+        ([(14, None)], ["▁three"] + ["</s>"] * 5),
+        ([(19, None)], ["</s>"] * 5),
+        (None, ["▁a", "▁handwritten", "▁three"] + ["</s>"] * 5),
+    ],
+)
+def test_a_mask_of_a_text_makes_targets_of_its_words_and_labels_them(processor, mask, made) -> None:
+    part = {"type": "text", "text": "a handwritten three"} | ({} if mask is None else {"mask": mask})
+    inputs = processor.apply_chat_template([{"role": "user", "content": "draw"}, *answer(part)])
+    assert targets(processor, inputs) == made
+    assert (inputs["labels"] >= 0).equal(inputs["target_mask"] == 1)
+    wanted = torch.where(inputs["target_mask"] == 1, inputs["input_ids"], -100)
+    assert inputs["labels"].equal(wanted)
+
+
+def test_mask_tokens_stand_for_tokens_to_be_made_and_leave_no_labels(processor) -> None:
+    gap = processor.mask_token
+    inputs = processor.apply_chat_template(answer({"type": "text", "text": f"a {gap}{gap} three"}))
+    assert targets(processor, inputs) == [gap, gap]
+    assert "labels" not in inputs
+    both = processor.apply_chat_template(answer({"type": "image"}, {"type": "text"}))
+    assert targets(processor, both) == ["<|image_target|>"] * 16 + [gap] * CANVAS
+    assert "labels" not in both
+    assert both["input_ids"].equal(processor()["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "mask", [[(3, 2)], [(0, 99)], [(20, None)], "all", [(0.5, 2)], [(1,)], [(-1, 2)], [[None, 3]]]
+)
+def test_a_text_mask_outside_its_text_is_refused(processor, mask) -> None:
+    with pytest.raises(
+        ValueError, match=r"Got the text mask .* for 'a handwritten three'; need a list of \(start, end"
+    ):
+        processor.apply_chat_template(answer({"type": "text", "text": "a handwritten three", "mask": mask}))
+
+
+def test_what_no_mask_can_mean_is_refused(processor) -> None:
+    with pytest.raises(ValueError, match=r"Got a text mask \[\(1, 2\)\] that touches no token of 'a three'; widen it"):
+        processor.apply_chat_template(answer({"type": "text", "text": "a  three", "mask": [(1, 2)]}))
+    for part in (
+        {"type": "image", "image": picture(), "mask": UPPER},
+        {"type": "text", "text": "a", "mask": [(0, 1)]},
+    ):
+        with pytest.raises(
+            ValueError, match=f"Got a mask in an? {part['type']} part that is no target; need it in the"
+        ):
+            processor.apply_chat_template([{"role": "user", "content": [part]}], generate="text")
+    with pytest.raises(ValueError, match="Got an image part without pixels"):
+        processor.apply_chat_template(answer({"type": "image", "mask": UPPER}))
+    with pytest.raises(ValueError, match="it marks gaps in the parts of a last assistant message alone"):
+        processor(text=f"a {processor.mask_token}")
+
+
+def test_inpainting_keeps_every_known_pixel_to_the_bit(pipe) -> None:
+    given = picture(1)
+    results = pipe(text="a three", canvas={"type": "image", "image": given, "mask": UPPER}, num_return_sequences=3)
+    for result in results:
+        made = np.asarray(result["images"][0])
+        assert (made[~UPPER] == np.asarray(given)[~UPPER]).all()
+        assert (made[UPPER] != np.asarray(given)[UPPER]).any()
+    assert len({result["images"][0].tobytes() for result in results}) == 3
+
+
+def test_infilling_keeps_every_known_word(pipe) -> None:
+    gap = pipe.processor.mask_token
+    canvas = {"type": "text", "text": f"a {gap} {gap} three"}
+    for result in pipe(images=picture(), canvas=canvas, num_return_sequences=4, seed=0):
+        assert result["text"][0].startswith("a")
+        assert result["text"][0].endswith("three")
+    continued = {"type": "text", "text": "a handwritten", "mask": [(13, None)]}
+    assert pipe(images=picture(), canvas=continued, seed=0)[0]["text"][0].startswith("a handwritten")
+
+
+def test_a_canvas_of_new_parts_is_the_plain_call(pipe) -> None:
+    plain = pipe(class_ids=3, seed=0)
+    canvas = pipe(class_ids=3, canvas=[{"type": "image"}, {"type": "text"}], seed=0)
+    assert plain[0]["text"] == canvas[0]["text"]
+    assert plain[0]["images"][0].tobytes() == canvas[0]["images"][0].tobytes()
+
+
+def test_each_prompt_may_have_a_canvas_of_its_own(pipe) -> None:
+    parts = [{"type": "image", "image": picture(i), "mask": UPPER} for i in range(2)]
+    together = pipe(text=["a", "b"], canvas=[[part] for part in parts], seed=5)
+    alone = [pipe(text=text, canvas=part, seed=5 + i) for i, (text, part) in enumerate(zip("ab", parts, strict=True))]
+    for one, (other,) in zip(together, alone, strict=True):
+        assert one["images"][0].tobytes() == other["images"][0].tobytes()
+    with pytest.raises(ValueError, match="prompts that have a canvas and others that have none; need all of one kind"):
+        pipe(text=["a", "b"], canvas=[parts[:1], None])
+    with pytest.raises(
+        ValueError, match="Got generate='image' and a canvas, .* need one of the two; leave `generate`"
+    ):
+        pipe(canvas=parts[0], generate="image")
+
+
+def test_strength_starts_from_what_is_known_under_as_much_noise_as_it_says(pipe) -> None:
+    model, processor = pipe.model, pipe.processor
+    inputs = processor.apply_chat_template(answer({"type": "image", "image": picture()}))
+    inputs.pop("labels")
+    seen, steps, predict = [], [], _Denoiser.predict
+
+    def watch(self, z, tracks, step):
+        seen.append((z.clone(), self.noise, tracks[0].times))
+        return predict(self, z, tracks, step)
+
+    options = {"num_inference_steps": 10, "generator": generators([0])}
+    with mock.patch.object(_Denoiser, "predict", watch):
+        model.generate(**inputs, strength=0.4, callback_on_step_end=lambda *a: steps.append(a[2]), **options)
+    assert len(steps) == len(seen) == 4
+    assert steps[-1] == [0.0]
+    z, noise, times = seen[0]
+    assert times[0] == pytest.approx(0.4, abs=0.01)
+    level = alpha_bar(torch.tensor(times[0]), model.model.image_alpha_bar)
+    clean = model.model.vae.encode_images(inputs["pixel_values"]).mean.flatten(1, 2)
+    wanted = level.sqrt() * clean + (1 - level).sqrt() * noise[:, -17:-1]
+    torch.testing.assert_close(z[:, -17:-1], wanted)
+
+
+def test_the_weaker_the_nearer_to_what_was_given(pipe) -> None:
+    given = np.asarray(picture()).astype(float)
+    canvas = {"type": "image", "image": picture()}
+    nearness = []
+    for strength in (0.05, 0.4, 1.0):
+        made = pipe(canvas=canvas, strength=strength, num_inference_steps=20, seed=0)[0]["images"][0]
+        nearness.append(np.abs(np.asarray(made) - given).mean())
+    assert nearness == sorted(nearness)
+    whole = pipe(canvas={"type": "image"}, num_inference_steps=20, seed=0)[0]["images"][0]
+    again = pipe(canvas=canvas, strength=1.0, num_inference_steps=20, seed=0)[0]["images"][0]
+    assert whole.tobytes() == again.tobytes()
+
+
+def test_strength_needs_something_to_start_from(pipe) -> None:
+    with pytest.raises(
+        ValueError, match=r"Got strength=0.5 and a target image of which nothing is known.* `canvas`, or"
+    ):
+        pipe(text="a three", generate="image", strength=0.5)
+    with pytest.raises(ValueError, match=r"Got strength=0.5 and a target text"):
+        pipe(images=picture(), generate="text", strength=0.5)
+    for strength in (0, 1.5, True, "half"):
+        with pytest.raises(ValueError, match=r"`strength` is .*; it must lie in \(0, 1\]"):
+            pipe(text="a three", generate="image", strength=strength)
+
+
+def freezing(at: int, mask: torch.Tensor, ids: torch.Tensor | None = None):
+    """A callback that freezes `mask` after network call `at`."""
+
+    def callback(model, step, times, state):
+        changed = {"frozen": mask} | ({} if ids is None else {"input_ids": ids})
+        return changed if step == at else None
+
+    return callback
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_words_that_are_frozen_stay_and_the_rest_follows(guidance_scale, use_cache) -> None:
+    model, inputs = tiny_model(), batch(["both", "text_to_image"])
+    options = {"num_inference_steps": 6, "modality_lag": 0.0, "guidance_scale": guidance_scale}
+    options |= {"use_cache": use_cache}
+
+    def drawn(callback=None):
+        return model.generate(**inputs, generator=generators([0, 1]), callback_on_step_end=callback, **options)
+
+    text = torch.zeros_like(inputs["input_ids"])
+    places = (inputs["target_mask"][0].bool() & (inputs["input_ids"][0] == 13)).nonzero().flatten()
+    text[0, places[:2]] = 1
+    said = inputs["input_ids"].clone()
+    said[0, places[:2]] = torch.tensor([40, 41])
+    plain, frozen = drawn(), drawn(freezing(1, text, said))
+    assert frozen.sequences[0, places[:2]].tolist() == [40, 41]
+    patches = inputs["target_mask"][0].bool() & (inputs["input_ids"][0] == 12)
+    assert not torch.allclose(plain.latents[0, patches], frozen.latents[0, patches], atol=1e-3)
+    torch.testing.assert_close(plain.latents[1], frozen.latents[1])  # nothing of that row was frozen
+    clean = model.model.vae.encode_tokens(torch.tensor([[40, 41]])).mean[0]
+    torch.testing.assert_close(frozen.latents[0, places[:2]], clean)
+
+
+def test_what_is_frozen_without_tokens_stays_as_it_was_predicted_then() -> None:
+    model, inputs, then = tiny_model(), batch(["both"]), []
+    mask = inputs["target_mask"].clone()
+
+    def callback(model, step, times, state):
+        if step == 2:
+            then.append(state["decode"]())
+            return {"frozen": mask}
+        return None
+
+    options = {"num_inference_steps": 6, "modality_lag": 0.0, "generator": generators([0])}
+    out = model.generate(**inputs, callback_on_step_end=callback, **options)
+    assert out.sequences.equal(then[0].sequences)
+    torch.testing.assert_close(out.images[0][0], then[0].images[0][0])
+
+
+def test_a_callback_that_returns_what_cannot_be_frozen_is_told_so() -> None:
+    model, inputs = tiny_model(), batch(["both"])
+    shape = inputs["input_ids"].shape
+    for changed, message in (
+        (
+            {"frozen": torch.ones(3)},
+            rf"returned 'frozen' of shape \(3,\); it must be a tensor of shape \({shape[0]}, ",
+        ),
+        ({"frozen": [1]}, "returned 'frozen' of type list"),
+        ({"input_ids": inputs["input_ids"]}, "returned 'input_ids' without 'frozen'; return the mask of the text"),
+        ({"freeze": torch.ones(shape)}, "returned a dict of 'freeze'; it must return None or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, num_inference_steps=2, callback_on_step_end=lambda *a, c=changed: c)
+
+
+def test_gaps_are_drawn_in_the_share_that_is_asked_for_and_move_nothing_else() -> None:
+    messages = answer({"type": "image", "image": picture()}, {"type": "text", "text": "a drawing of a three"})
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert with_gaps(messages, rng, 0.0) is messages
+    assert rng.bit_generator.state == before
+    drawn = [with_gaps(messages, rng, 0.25)[-1]["content"] for _ in range(2000)]
+    masked = np.array([["mask" in part for part in parts] for parts in drawn])
+    assert masked.any(1).mean() == pytest.approx(0.25, abs=0.03)
+    assert np.abs(masked.mean(0) / masked.any(1).mean() - 0.75).max() < 0.06
+    assert "mask" not in messages[-1]["content"][0]
+
+
+def test_drawn_boxes_and_spans_reach_all_of_a_picture_and_of_a_text() -> None:
+    rng, text = np.random.default_rng(0), "a small grey three"
+    boxes = np.array([drawn_box(rng) for _ in range(500)])
+    assert boxes.any((1, 2)).all()
+    assert (np.abs(boxes.mean(0) - 0.5) < 0.2).all()
+    spans = [drawn_span(text, rng)[0] for _ in range(500)]
+    assert {start for start, _ in spans} == {0, 2, 8, 13}
+    assert {end for _, end in spans} == {None, 1, 7, 12, 18}
+    assert all(end is None or not set(text[start - 1 : start] + text[end : end + 1]) - {" "} for start, end in spans)
+
+
+def test_a_model_learns_from_targets_known_in_part(processor) -> None:
+    source = DigitsSource("train", {"image_and_text": 1.0}, infill=1.0)
+    examples = [source.sample(0, "image_and_text", np.random.default_rng(i)) for i in range(8)]
+    inputs = ConversationCollator(processor)(examples)
+    real = inputs["attention_mask"] == 1
+    plain = ConversationCollator(processor)([{"messages": without_masks(e["messages"])} for e in examples])
+    assert inputs["input_ids"].equal(plain["input_ids"])
+    assert (inputs["target_mask"] <= plain["target_mask"]).all()
+    assert (inputs["target_mask"].sum(1) < plain["target_mask"].sum(1)).all()
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2))
+    out = model.model(**{k: v for k, v in inputs.items() if k != "labels"})
+    known = real & (inputs["target_mask"] == 0)
+    assert (out.alpha_bar[known] == 1).all()
+    assert out.noisy_latents.shape[-1] == model.config.latent_size != LATENT
+    loss = model(**inputs).loss
+    loss.backward()
+    assert bool(loss.isfinite())
+
+
+def without_masks(messages: list[dict]) -> list[dict]:
+    *before, last = messages
+    return [*before, {**last, "content": [{k: v for k, v in p.items() if k != "mask"} for p in last["content"]]}]
