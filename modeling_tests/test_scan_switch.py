@@ -6,7 +6,7 @@ import torch
 from mdm_hf.scan_switch import image_scan_order, invert_order, scan, scan_orders, text_scan_order, unscan
 
 
-def conversation(prefix, target, directions=(4, 2), padding=0, padding_first=False):
+def conversation(prefix, target, directions=(4, 2), padding=0):
     """Orders of one sequence given as segments: ("text", n) or ("image", h, w); a time token heads the targets."""
     fields = {name: [] for name in ("segment", "offset", "row", "column", "grid", "is_patch", "is_image")}
     fields |= {"in_target_group": [], "is_header": [], "is_padding": []}
@@ -39,7 +39,7 @@ def conversation(prefix, target, directions=(4, 2), padding=0, padding_first=Fal
     for _ in range(padding):
         position(segment=number, offset=0, is_padding=True)
     tensors = {name: torch.tensor([value]) for name, value in fields.items()}
-    return scan_orders(**tensors, directions=directions, padding_first=padding_first)[0]
+    return scan_orders(**tensors, directions=directions)[0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)], ids=lambda s: f"{s[0]}x{s[1]}")
@@ -102,12 +102,10 @@ def test_with_one_text_order_text_is_never_reversed_but_images_are():
     assert [i for i in order[:, 1].tolist() if 1 <= i < 5] == [4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("padding_first", [False, True])
-def test_padding_stands_together_at_one_end(padding_first):
-    order = conversation([("text", 2)], [("text", 2)], padding=3, padding_first=padding_first)
+def test_padding_stands_together_at_the_end():
+    order = conversation([("text", 2)], [("text", 2)], padding=3)
     for k in range(4):
-        ends = order[:3, k] if padding_first else order[-3:, k]
-        assert sorted(ends.tolist()) == [5, 6, 7]
+        assert sorted(order[-3:, k].tolist()) == [5, 6, 7]
 
 
 def test_unscan_inverts_every_scan_order():

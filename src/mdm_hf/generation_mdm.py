@@ -358,8 +358,8 @@ class MDMGenerationMixin:
         return logits.argmax(-1)
 
     def _decode(self, view: "_Denoiser", z: Tensor, input_ids: Tensor, known_images, pixel_values):
-        """Latents of the active positions (b, m, d) -> MDMGenerateOutput (paper Sec. 4.2.2). A partly known image keeps
-        its known patches."""
+        """Latents of the active positions (b, m, d) -> MDMGenerateOutput (paper Sec. 4.2.2). A partly known image
+        keeps its known patches."""
         layout, latents = view.full_layout, view.restore(z)
         sequences = input_ids.clone()
         text = layout.is_target & layout.is_text
@@ -416,11 +416,13 @@ class _Denoiser:
         clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
         if use_cache:
             from_prefix = ~both.in_target_group & ~both.is_padding
-            index, is_real = positions(from_prefix, right_aligned=True)
+            index, is_real = positions(from_prefix)
             prefix = both.select(index, is_real)
-            plan = plan_scans(config, prefix, has_image, padding_first=True)
+            plan = plan_scans(config, prefix, has_image)
             self.cache = model.new_condition_cache()
             model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
+            for states in self.cache:
+                states.is_open = False
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)

@@ -39,7 +39,15 @@ from .score_entropy import (
     loss_weight,
 )
 from .scoring_mdm import MDMScoringMixin
-from .sequence_layout import AttentionPlan, ScanPlan, SequenceLayout, build_layout, image_of_each_row, plan_scans
+from .sequence_layout import (
+    AttentionPlan,
+    ScanPlan,
+    SequenceLayout,
+    build_layout,
+    image_of_each_row,
+    joined_to_prefix,
+    plan_scans,
+)
 
 
 LOSS_PARTS = ("loss_rec_image", "loss_rec_text", "loss_kl", "loss_se_image", "loss_se_text")  # of Eq. 18
@@ -328,19 +336,21 @@ class MDMModel(MDMPreTrainedModel):
         return torch.where(layout.is_target, level, torch.ones_like(level))
 
     def draw(self, layout: SequenceLayout, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a forward pass needs of chance: uniform (b, 5), normal (3 in training, else 1; b, l, latent_size).
+        """What a forward pass needs of chance: uniform (b, 6), normal (3 in training, else 1; b, l, latent_size).
 
         With `seeds` a row's numbers depend on its own seed and length alone.
         """
         (b, l), device = layout.input_ids.shape, layout.input_ids.device
         normals = (3 if self.training else 1), self.config.latent_size
         if seeds is None:
-            return torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
-        uniform, normal = torch.empty(b, 5), torch.zeros(normals[0], b, l, normals[1])
+            uniform, normal = torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
+            return torch.cat([uniform, torch.rand(b, 1, device=device)], dim=1), normal
+        uniform, normal = torch.empty(b, 6), torch.zeros(normals[0], b, l, normals[1])
         for i, (seed, is_real) in enumerate(zip(seeds.tolist(), (~layout.is_padding).cpu(), strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            uniform[i] = torch.rand(5, generator=generator)
+            uniform[i, :5] = torch.rand(5, generator=generator)
             normal[:, i, is_real] = torch.randn(normals[0], int(is_real.sum()), normals[1], generator=generator)
+            uniform[i, 5] = torch.rand((), generator=generator)  # after what earlier versions drew
         return uniform.to(device), normal.to(device)
 
     def timesteps_from(self, uniform: Tensor, layout: SequenceLayout) -> Tensor:
@@ -351,7 +361,7 @@ class MDMModel(MDMPreTrainedModel):
         pin = has_both & (uniform[:, 2] < self.config.pinned_timestep_probability)
         which = uniform[:, 3:4] < 0.5
         chosen = torch.cat([which, ~which], dim=1) & pin.unsqueeze(1)
-        return torch.where(chosen, (uniform[:, 4:] < 0.5).float(), t)
+        return torch.where(chosen, (uniform[:, 4:5] < 0.5).float(), t)
 
     def denoise(
         self,
@@ -425,6 +435,8 @@ class MDMModel(MDMPreTrainedModel):
         known_images = self.known_images(layout, pixel_values, image_latents)
         posterior = self.encode(layout, input_ids, known_images)
         uniform, normal = self.draw(layout, seeds)
+        if self.training:
+            layout = joined_to_prefix(layout, uniform[:, 5] < self.config.joined_probability)
         clean = posterior.mean
         if self.training:
             sampled = posterior.sample(normal[1].to(clean.dtype))

@@ -45,12 +45,14 @@ class MDMAttention(nn.Module):
         q, k, v = self.in_proj(hidden_states).view(b, l, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), plan.cos, plan.sin), rotate(self.key_norm(k), plan.cos, plan.sin)
         sees = plan.sees
-        if cache is not None and cache.keys is None:
-            cache.keys, cache.values, cache.is_real = k, v, plan.is_real
-        elif cache is not None:
+        is_real = plan.is_real
+        if cache is not None and cache.keys is not None:
             k, v = torch.cat([cache.keys, k], dim=2), torch.cat([cache.values, v], dim=2)
             sees_prefix = plan.is_real & cache.is_real.transpose(1, 2)
             sees = torch.cat([sees_prefix.unsqueeze(1), sees], dim=-1)
+            is_real = torch.cat([cache.is_real, is_real], dim=1)
+        if cache is not None and cache.is_open:
+            cache.keys, cache.values, cache.is_real = k, v, is_real
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
         return self.out_proj(y.transpose(1, 2).reshape(b, l, -1))
 

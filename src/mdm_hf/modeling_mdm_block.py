@@ -29,16 +29,19 @@ class MDMConditionCache:
     """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction; of a
     Transformer its keys and values.
 
-    Conditions come first in every direction and never see t, so all are the same in every denoising step. Empty at
-    first; one pass over the prefix fills it, and every later pass starts from it and leaves it alone.
+    Conditions come first in every direction and never see t, so all are the same in every denoising step. While it is
+    open, each pass adds what it reads to the prefix; once it is closed, passes start from it and leave it alone. Of
+    the SSM its size does not grow.
 
     Attributes:
+        is_open: Whether passes add to it.
         conv: (b, conv_kernel - 1, k, inner_size + 2 state_size).
         ssm: (b, k * heads, head_dim, state_size), fp32.
         keys, values: (b, heads, l, head_dim).
         is_real: (b, l, 1), which of them are no padding.
     """
 
+    is_open: bool = True
     conv: Tensor | None = None
     ssm: Tensor | None = None
     keys: Tensor | None = None
@@ -49,7 +52,7 @@ class MDMConditionCache:
         """A cache of the `rows` (p,) of this one; a row may be taken many times."""
         taken = MDMConditionCache()
         for name, value in vars(self).items():
-            setattr(taken, name, value[rows])
+            setattr(taken, name, value[rows] if isinstance(value, Tensor) else value)
         return taken
 
 
@@ -186,7 +189,7 @@ class MDMMixer(nn.Module):
             for p, o, r in zip(projected, order.split(width, -1), rank.split(width, -1), strict=True)
         ]  # of each projection: z (b, l, inner), x B C (b, l, inner + 2 state), dt (b, l, heads), and its orders
         tail, ssm_state = (None, None) if cache is None else (cache.conv, cache.ssm)
-        fills_cache = cache is not None and cache.ssm is None
+        adds_to_cache = cache is not None and cache.is_open
         conv_weight, conv_bias = self.conv_weight[:directions], self.conv_bias[:directions]
 
         def convolve(first: int, last: int) -> Tensor:  # channels of x B C, read in every direction: (b, l, k, c)
@@ -200,10 +203,13 @@ class MDMMixer(nn.Module):
 
         x, B, C = convolve(0, inner), convolve(inner, inner + state), convolve(inner + state, inner + 2 * state)
         dt = _join([scan(dt, o, r) for _, _, dt, o, r in sources])
-        y = self.ssm(x, dt, B, C, step_is_real, ssm_state, fills_cache)
-        if fills_cache:
+        y = self.ssm(x, dt, B, C, step_is_real, ssm_state, adds_to_cache)
+        if adds_to_cache:
             y, cache.ssm = y
-            cache.conv = _join([last_steps(xBC, o, config.conv_kernel - 1) for _, xBC, _, o, _ in sources])
+            count = plan.is_real.sum((1, 2))
+            tails = [None] * len(sources) if tail is None else tail.split(width, 2)
+            kept = config.conv_kernel - 1
+            cache.conv = _join([last_steps(s[1], s[3], kept, count, t) for s, t in zip(sources, tails, strict=True)])
         y = y.reshape(x.shape)
         if plan.direction_weight is not None:
             y = y * plan.direction_weight.to(y.dtype)
@@ -216,11 +222,20 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def last_steps(x: Tensor, order: Tensor, count: int) -> Tensor:
-    """The last `count` steps of each direction, zeros before the first one: (b, l, c) -> (b, count, k, c)."""
-    steps = torch.arange(-count, 0, device=x.device) + order.shape[1]
+def last_steps(x: Tensor, order: Tensor, count: int, length: Tensor, before: Tensor | None) -> Tensor:
+    """The last `count` real steps of each direction: (b, l, c) -> (b, count, k, c).
+
+    `length` (b,) is how many of the steps are real, the first ones; where there are fewer than `count`, those of
+    `before` (b, count, k, c) come first, or zeros.
+    """
+    steps = torch.arange(-count, 0, device=x.device) + length.unsqueeze(1)  # (b, count)
     rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x[rows, order[:, steps.clamp(min=0)]] * (steps >= 0).view(-1, 1, 1)
+    places = order.gather(1, steps.clamp(min=0).unsqueeze(-1).expand(-1, -1, order.shape[-1]))
+    found = x[rows, places]
+    earlier = torch.zeros_like(found)
+    if before is not None:
+        earlier = before[rows.squeeze(-1), (steps + count).clamp(max=count - 1)].to(found)
+    return torch.where((steps >= 0)[..., None, None], found, earlier)
 
 
 class MDMLayer(GradientCheckpointingLayer):

@@ -58,7 +58,6 @@ def scan_orders(
     is_header: Tensor,
     is_padding: Tensor,
     directions: tuple[int, int] = (NUM_IMAGE_ORDERS, NUM_TEXT_ORDERS),
-    padding_first: bool = False,
 ) -> Tensor:
     """The order in which each direction reads each sequence.
 
@@ -73,8 +72,6 @@ def scan_orders(
         is_header: (b, l) bool, time tokens: first of the target group in every direction.
         is_padding: (b, l) bool.
         directions: how many image orders and how many text orders are in use.
-        padding_first: put padding before the rest instead of after it (the prefix of the condition cache, whose
-            last step must be a real one).
 
     Returns:
         order (b, l, k) with k = `directions[0]`.
@@ -91,7 +88,7 @@ def scan_orders(
         target = torch.where(is_reversed, 2 * size - segment * length - place, segment * length + place)
         key = torch.where(in_target_group, 2 * size + target, prefix)
         key = torch.where(is_header, size + segment, key)
-        keys.append(torch.where(is_padding, -1 if padding_first else 5 * size, key))
+        keys.append(torch.where(is_padding, 5 * size, key))
     return torch.argsort(torch.stack(keys, dim=-1), dim=1, stable=True)
 
 

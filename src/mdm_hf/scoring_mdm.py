@@ -185,7 +185,7 @@ class _Scorer:
         has_image = image_of_each_row(layout)
         self.has_image = has_image if bool(has_image.any()) else None
         self.class_ids = torch.full_like(layout.input_ids[:, 0], -1) if class_ids is None else class_ids
-        index, is_real = positions(~layout.in_target_group & ~layout.is_padding, right_aligned=True)
+        index, is_real = positions(~layout.in_target_group & ~layout.is_padding)
         prefix, latents = layout.select(index, is_real), pick(latents, index)
         of_patches = torch.where(prefix.is_patch.unsqueeze(-1), latents, 0.0).flatten(1).double()
         told = torch.stack([prefix.input_ids, prefix.row, prefix.column, prefix.segment - prefix.segment[:, :1]])
@@ -195,10 +195,12 @@ class _Scorer:
         first = torch.arange(len(latents) - 1, -1, -1, device=latents.device)
         some = torch.empty_like(first[: int(self.prefix_of.max()) + 1]).index_put((self.prefix_of[first],), first)
         prefix = _rows(prefix, some)
-        plan = plan_scans(config, prefix, None if self.has_image is None else has_image[some], padding_first=True)
+        plan = plan_scans(config, prefix, None if self.has_image is None else has_image[some])
         self.cache = self.model.new_condition_cache()
         clean_time = torch.zeros(len(some), 2, device=latents.device)
         model.denoise(latents[some], prefix, plan, clean_time, self.class_ids[some], self.cache)
+        for states in self.cache:
+            states.is_open = False
 
     def _draw(self, seeds: list[int], n: int) -> None:
         """Times, weights of the squared errors (b, n, 2; image, text), and noise (b, n, 2, m, d) at the targets."""

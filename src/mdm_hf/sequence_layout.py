@@ -4,7 +4,8 @@ Symbols
     segment    a run of positions read as one piece: `<|image_start|> patches <|image_end|>`, the same for text, or one
                control token alone (class, role, time)
     prefix     all segments without a target: the conditions, which never see t
-    target group   all segments with a target, headed by the time tokens; only targets are noised
+    target group   all segments with a target, headed by the time tokens; only targets are noised. What is known of
+               such a segment stays in its place there, or is joined to the prefix.
     level      0 clean, 1 at the image timestep, 2 at the text timestep
 """
 
@@ -168,6 +169,12 @@ def _precedes(mask: Tensor, segment: Tensor) -> Tensor:
     return place < last.gather(1, segment)
 
 
+def joined_to_prefix(layout: SequenceLayout, rows: Tensor) -> SequenceLayout:
+    """The layout with what is known of partly known segments in the prefix, in those `rows` (b,) bool."""
+    known = layout.in_target_group & (layout.is_patch | layout.is_text) & ~layout.is_target
+    return replace(layout, in_target_group=layout.in_target_group & ~(known & rows.unsqueeze(1)))
+
+
 def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:
     """Conditions first: the prefix sees itself, the target group everything. Padding sees itself alone, and nothing
     sees padding: no row of the softmax is without a key.
@@ -184,9 +191,7 @@ def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:
     return AttentionPlan(is_real.unsqueeze(-1), sees.unsqueeze(1), angle.cos(), angle.sin())
 
 
-def plan_scans(
-    config: MDMConfig, layout: SequenceLayout, has_image: Tensor | None, padding_first: bool = False
-) -> ScanPlan | AttentionPlan:
+def plan_scans(config: MDMConfig, layout: SequenceLayout, has_image: Tensor | None) -> ScanPlan | AttentionPlan:
     """The scan switch: orders for the positions of `layout`. A Transformer, which scans nothing, gets its own plan.
 
     Args:
@@ -208,7 +213,6 @@ def plan_scans(
         layout.is_header,
         layout.is_padding,
         directions=(images, texts),
-        padding_first=padding_first,
     )
     weight = None
     if config.scan_sharing != "alternate":
@@ -228,11 +232,10 @@ def image_of_each_row(layout: SequenceLayout) -> Tensor:
     return (layout.is_image & ~layout.is_padding).any(1)
 
 
-def positions(mask: Tensor, right_aligned: bool = False) -> tuple[Tensor, Tensor]:
+def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where `mask` (b, l) holds, in order: indices (b, m) and which of them are real; m is the longest row, >= 1."""
     longest = max(int(mask.sum(1).max()), 1)
-    order = torch.argsort(mask.long(), dim=1, stable=True, descending=not right_aligned)
-    index = order[:, -longest:] if right_aligned else order[:, :longest]
+    index = torch.argsort(mask.long(), dim=1, stable=True, descending=True)[:, :longest]
     return index, mask.gather(1, index)
 
 
