@@ -63,22 +63,24 @@ ARROWS: dict[str, set[str]] = {
     "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
+    "conversation_state": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
     "modeling_mdm_attention": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
     "modeling_mdm": CONFIGURATION
     | OPS
     | LAYOUT
     | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention"}
-    | {"pixel_autoencoder", "scoring_mdm"},
+    | {"conversation_state", "pixel_autoencoder", "scoring_mdm"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "conversations": set(),
     "processing_options": {"image_processing_mdm"},
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
     "choice_scores": {"scoring_mdm"},
+    "dialogue": {"conversation_state", "conversations", "prompts"},
     "pipeline_mdm": CONFIGURATION
     | PROCESSING
     | MODELS
-    | {"checkpoints", "choice_scores", "generation_mdm", "prompts", "solvers"},
+    | {"checkpoints", "choice_scores", "conversation_state", "dialogue", "generation_mdm", "prompts", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT
@@ -87,11 +89,13 @@ NEVER_AT_RUNTIME = {"cli"}  # stays at home, beside the folders training/ and ev
 # The files of training/: the siblings each may import, beside anything at runtime. Only readers.py reads data sets.
 TRAINING_ARROWS: dict[str, set[str]] = {
     "__init__": set(),
-    "records": set(),
+    "blocks": set(),
+    "gaps": set(),
+    "records": {"blocks", "gaps"},
     "adapters": {"records"},
     "readers": {"records", "adapters"},
     "mix": {"records"},
-    "digits": {"records"},
+    "digits": {"gaps", "records"},
     "measures": set(),
     "latent_cache": set(),
     "tokenizer": set(),
@@ -99,7 +103,7 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "memory": set(),
     "trainer": {"measures"},
     "pictures": {"mix"},
-    "assembly": {"records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe"},
+    "assembly": {"blocks", "records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe"},
     "stages": {"recipe", "assembly", "trainer", "pictures"},
     "dry_run": {"memory", "recipe", "trainer", "pictures", "assembly"},
 }

@@ -289,9 +289,9 @@ class MDMConfig(PreTrainedConfig):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Tokens with which a text ends before its canvas does."""
-        ends = self.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+        """Tokens with which a text ends, or a block of it, before its canvas does."""
+        ends = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or []
+        return [*ends, *([] if self.bos_token_id is None else [self.bos_token_id])]
 
     @property
     def control_token_ids(self) -> list[int]:

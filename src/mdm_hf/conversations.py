@@ -33,6 +33,7 @@ class Prompt:
     has_targets: bool = False
     image_masks: dict[int, Any] = field(default_factory=dict)  # by the number of the image among the known ones
     text_masks: list[list | None] = field(default_factory=list)  # of each text of the last assistant message
+    text_continues: list[bool] = field(default_factory=list)  # of the same, whether another block follows
 
 
 @dataclass
@@ -121,6 +122,7 @@ class ConversationReader:
         text, mask = part.get("text"), part.get("mask")
         if prompt.has_targets:
             prompt.text_masks.append(_spans(text, mask))
+            prompt.text_continues.append(bool(part.get("continues")))
             text = self.mask_token if text is None else text
         if not isinstance(text, str):
             raise ValueError(f"Got a text part with text {text!r}; need a string.")

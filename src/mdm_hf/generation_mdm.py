@@ -31,6 +31,7 @@ from .input_checks import (
     check_finite,
     check_inputs,
     check_known_targets,
+    check_state,
     check_targets,
     frozen_targets,
     replaced_latents,
@@ -227,6 +228,7 @@ class MDMGenerationMixin:
         callback_on_step_end: Callable | None = None,
         generation_mode: str | None = None,
         image_latents: Tensor | None = None,
+        state=None,
         progress_bar: bool = False,
         return_dict_in_generate: bool = True,
         labels: Tensor | None = None,
@@ -251,6 +253,8 @@ class MDMGenerationMixin:
                 now and to be a condition of the rest; "input_ids" (b, l), the tokens that frozen text has instead.
             generation_mode: "image" or "text"; checked against the targets, None accepts any.
             image_latents: As in `forward`, in place of `pixel_values`.
+            state: What was read of each row's conversation before, by `read_conversation`; the inputs go on from
+                there, without a class token.
             progress_bar: Show the network calls on a progress bar.
             return_dict_in_generate: False returns `sequences` alone.
 
@@ -276,7 +280,9 @@ class MDMGenerationMixin:
         scales = {"image": config.guidance_scale, "text": config.guidance_scale}
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
-        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config)
+        if state is not None:
+            check_state(self.config, state, len(input_ids), config.use_cache)
+        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
         if scheduler is None:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
         tracks = self._tracks(view.layout, scheduler, config, generators)
@@ -383,7 +389,7 @@ class MDMGenerationMixin:
 class _Denoiser:
     """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
 
-    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling):
+    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling, state):
         self.model, self.scales, self.full_layout = model, scales, layout
         self.text_temperature, use_cache = sampling.text_temperature, sampling.use_cache
         targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
@@ -411,18 +417,27 @@ class _Denoiser:
             class_pair = torch.cat([none if class_ids is None else class_ids, none])
             latents = torch.cat([conditions, conditions])
         has_image = None if image_grid_hw is None else image_of_each_row(both)
+        self.cache = model.new_condition_cache()
+        if state is not None:
+            b, has_image = len(layout.input_ids), image_of_each_row(both)
+            has_image[:b] |= state.has_image.to(has_image.device)
+            self.cache = state.cache(has_image[:b])
+            if self.guided:  # the other half starts as every conversation does, without a class
+                start = torch.full_like(layout.input_ids[:, :1], config.class_token_id)
+                nothing = model.read_conversation(start).cache(has_image[b:])
+                self.cache = [one.stacked_on(other) for one, other in zip(self.cache, nothing, strict=True)]
         self.class_ids = class_pair
-        self.cache = None
         clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
         if use_cache:
             from_prefix = ~both.in_target_group & ~both.is_padding
             index, is_real = positions(from_prefix)
             prefix = both.select(index, is_real)
             plan = plan_scans(config, prefix, has_image)
-            self.cache = model.new_condition_cache()
             model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
             for states in self.cache:
                 states.is_open = False
+        else:
+            self.cache = None
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
         self.plan = plan_scans(config, self.pair_layout, has_image)

@@ -215,6 +215,17 @@ def check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
             )
 
 
+def check_state(config: MDMConfig, state: Any, batch: int, use_cache: bool) -> None:
+    """Raises ValueError for what is no state of `batch` conversations with this model."""
+    if not hasattr(state, "has_image"):
+        raise ValueError(
+            f"`state` is of type {type(state).__name__}; it must be what `read_conversation` returned, or None."
+        )
+    if not use_cache:
+        raise ValueError("Got use_cache=False and a `state`, which is a cache; leave one of the two out.")
+    state.check(config, batch)
+
+
 def check_known_targets(config: MDMConfig, layout: SequenceLayout, name: str, value: Any) -> None:
     """Raises ValueError where a target is a placeholder; `name` and `value` are the option that needs it known."""
     for kind, token in (("text", config.text_target_token_id), ("image", config.image_target_token_id)):

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoints import GENERATION_CONFIG, SOLVER, MDMCheckpointMixin
 from .configuration_mdm import MDMConfig
+from .conversation_state import MDMConversationMixin
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
 from .modeling_mdm_attention import MDMAttentionBlock
@@ -481,7 +482,7 @@ def _row_means(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum(1) / mask.sum(1).clamp(min=1)
 
 
-class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMScoringMixin):
+class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConversationMixin, MDMScoringMixin):
     """MDM with its head: predicts the clean latents, computes L_total, generates and scores images and text."""
 
     output_modalities = ("image", "text")

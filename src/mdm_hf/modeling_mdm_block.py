@@ -31,7 +31,7 @@ class MDMConditionCache:
 
     Conditions come first in every direction and never see t, so all are the same in every denoising step. While it is
     open, each pass adds what it reads to the prefix; once it is closed, passes start from it and leave it alone. Of
-    the SSM its size does not grow.
+    the SSM its size does not grow, and a prefix may be read segment by segment; a Transformer's sees all of itself.
 
     Attributes:
         is_open: Whether passes add to it.
@@ -54,6 +54,12 @@ class MDMConditionCache:
         for name, value in vars(self).items():
             setattr(taken, name, value[rows] if isinstance(value, Tensor) else value)
         return taken
+
+    def stacked_on(self, other: "MDMConditionCache") -> "MDMConditionCache":
+        """A cache of the rows of this one, then those of the other one; not of a Transformer."""
+        stacked = MDMConditionCache()
+        stacked.conv, stacked.ssm = torch.cat([self.conv, other.conv]), torch.cat([self.ssm, other.ssm])
+        return stacked
 
 
 class MDMRMSNorm(nn.Module):

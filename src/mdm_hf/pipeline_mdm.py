@@ -5,6 +5,7 @@
 - The code travels with what is saved, so that `transformers.pipeline` loads it where this package is not installed.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ from transformers.utils import logging
 
 from .checkpoints import ADAPTER_CONFIG, GENERATION_CONFIG, SOLVER, hub_options, read_json
 from .choice_scores import ChoiceScores, score_choices
+from .conversation_state import MDMConversationState
 from .conversations import MODALITIES, as_modalities
+from .dialogue import MDMDialogue
 from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
 from .processing_mdm import MDMProcessor
@@ -246,6 +249,13 @@ class MDMPipeline(Pipeline):
             show(self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}))
 
         return _shown(draw)
+
+    def chat(self, state: str | os.PathLike | MDMConversationState | None = None) -> MDMDialogue:
+        """A conversation whose past is remembered as a state of fixed size; `state` is that of an earlier one, or the
+        file that [`MDMDialogue.save`] wrote."""
+        if isinstance(state, str | os.PathLike):
+            return MDMDialogue.load(self, state)
+        return MDMDialogue(self, state)
 
     def score_choices(
         self,

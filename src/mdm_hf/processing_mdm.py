@@ -22,14 +22,15 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 
 from .conversations import MODALITIES, ConversationReader, Prompt, as_columns, as_modalities
 from .processing_options import MDMProcessorKwargs, options_of, positive
-from .token_rows import CONTROL_TOKENS, expand_placeholders, pad_rows, target_texts
+from .token_rows import CONTROL_TOKENS, continues, expand_placeholders, pad_rows, target_texts
 
 
 CHAT_TEMPLATE = """\
 {#- Segments of a conversation, images as one placeholder each. The parts of a last assistant message are targets;
-    otherwise `generate`, a list of "image" and "text", names what to make. A turn without parts is left out. -#}
+    otherwise `generate`, a list of "image" and "text", names what to make. A turn without parts is left out. What goes
+    on from a state, `is_continued`, has no class token. -#}
 {%- set made = namespace(image=false, text=false) -%}
-{{- '<|class|>' -}}
+{%- if not is_continued -%}{{- '<|class|>' -}}{%- endif -%}
 {%- for message in messages -%}
     {%- if message.content is string -%}
         {%- set parts = [{'type': 'text', 'text': message.content}] -%}
@@ -205,7 +206,8 @@ class MDMProcessor(ProcessorMixin):
                 of an image a picture or array over it, white or 1 where patches are to be made; of a text a list of
                 (start, end) in its characters, end None for all to the end of the canvas. Without its picture or text
                 a part is all to be made, and in a text each `mask_token` is one token to be made; such targets
-                are unknown, and without `labels`.
+                are unknown, and without `labels`. A text that "continues" in another assistant message fills its
+                canvas with <s>.
             chat_template: The name of one of the processor's templates, where it has several, or Jinja source instead
                 of its own.
             generate: "image", "text" or both, where the last message is not the assistant's; ("text",) if None.
@@ -228,10 +230,10 @@ class MDMProcessor(ProcessorMixin):
         for name, value in options.items():
             options[name] = given.pop(name, value) if value is None else value
         row_options = options_of(self, {"return_tensors": return_tensors} | given)
-        if not conversation:
+        if not conversation and not variables.get("is_continued"):
             raise ValueError("Got no messages; need at least one; call the processor itself for no conditions.")
         messages = conversation.messages if hasattr(conversation, "messages") else conversation
-        is_batch = not isinstance(messages[0], dict)
+        is_batch = bool(messages) and not isinstance(messages[0], dict)
         prompts = [self._reader.read(one) for one in (messages if is_batch else [messages])]
         training = sum(prompt.has_targets for prompt in prompts)
         if training and options["generate"] is not None:
@@ -252,6 +254,25 @@ class MDMProcessor(ProcessorMixin):
         sizes = options["image_size"], options["max_new_tokens"]
         inputs = self._encode(prompts, modalities, *sizes, *row_options, template, variables)
         return inputs if return_dict else inputs["input_ids"]
+
+    def as_history(self, messages: list[dict], is_continued: bool = False) -> BatchFeature:
+        """A conversation as conditions alone, its last answer too: inputs of [`~MDMModel.read_conversation`].
+
+        Args:
+            messages: One conversation, or a stretch of it.
+            is_continued: Whether something of it was read before.
+
+        Raises:
+            ValueError: messages that do not fit together, or without any part.
+        """
+        if not any(message.get("content") for message in messages):
+            raise ValueError("Got messages without a part; need at least one to remember; leave them out.")
+        prompts = [self._reader.read([*messages, {"role": "user", "content": []}])]
+        options = options_of(self, {"return_tensors": "pt"})
+        inputs = self._encode(prompts, (), None, None, *options, None, {"is_continued": is_continued}, False)
+        for name in ("target_mask", "labels"):
+            inputs.pop(name, None)
+        return inputs
 
     def as_messages(self, text: str | None = None, images: Any = None, class_id: int | None = None) -> list[dict]:
         """The conditions of one prompt as a conversation; no condition, no message."""
@@ -292,6 +313,7 @@ class MDMProcessor(ProcessorMixin):
         image_options: dict,
         template: str | None = None,
         variables: dict | None = None,
+        needs_targets: bool = True,
     ) -> BatchFeature:
         canvas = self.max_new_tokens if max_new_tokens is None else positive("max_new_tokens", max_new_tokens)
         target_grid = self._grid(image_size)
@@ -323,9 +345,10 @@ class MDMProcessor(ProcessorMixin):
                 self.tokenizer.decode,
                 patch_masks,
                 prompt.text_masks,
+                prompt.text_continues,
             )
             absent = [name for name in generate if self._ids[f"{name}_target_token"] not in ids]
-            if absent or not any(row.target_mask):
+            if needs_targets and (absent or not any(row.target_mask)):
                 raise ValueError(
                     f"Got a chat template that renders {text[:60]!r}, without a target for "
                     f"{' and '.join(absent) or 'the last assistant message'}; need one for all that is to be made; "
@@ -422,6 +445,10 @@ class MDMProcessor(ProcessorMixin):
         if generation_mode == "image":
             return [next(iter(result["images"]), None) for result in results]
         return [next(iter(result["text"]), "") for result in results]
+
+    def continues(self, sequence: torch.Tensor) -> bool:
+        """Whether the text that was generated in a row of `sequences` (l,) is a block after which another comes."""
+        return continues(sequence.tolist(), self._ids)
 
     def post_process_image_text_to_text(self, generated_outputs: Any, **decode_kwargs: Any) -> list[str]:
         """The text alone, as transformers' pipeline "image-text-to-text" asks for it."""

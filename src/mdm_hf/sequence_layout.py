@@ -165,7 +165,8 @@ def build_layout(
 def _precedes(mask: Tensor, segment: Tensor) -> Tensor:
     """Where `mask` (b, l) holds further on in the same segment."""
     place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    last = torch.full_like(place, -1).scatter_reduce(1, segment, torch.where(mask, place, -1), "amax")
+    first = place.new_full((len(mask), mask.shape[1] + 1), -1)
+    last = first.scatter_reduce(1, segment, torch.where(mask, place, -1), "amax")
     return place < last.gather(1, segment)
 
 

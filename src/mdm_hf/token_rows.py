@@ -15,6 +15,7 @@ IGNORED_LABEL = -100
 # What the rows are built with.
 CONTROL_TOKENS = (
     "pad_token",
+    "bos_token",
     "eos_token",
     "time_image_token",
     "time_text_token",
@@ -54,6 +55,7 @@ def expand_placeholders(
     decode: Callable[[list[int]], str],
     patch_masks: Iterator[np.ndarray | None],
     text_masks: Sequence[list[tuple[int, int | None]] | None] = (),
+    text_continues: Sequence[bool] = (),
 ) -> TokenRow:
     """Expands image placeholders to their patches and target texts to their canvas.
 
@@ -66,8 +68,11 @@ def expand_placeholders(
         canvas, max_text: Most tokens of a target text, and of another one.
         decode: Words the errors.
         text_masks: Of each target text, the (start, end) of what is to be made in its characters; all of it if None.
+        text_continues: Of each target text, whether it is a block after which another comes: its canvas is filled with
+            <s>, that of others with </s>.
     """
-    row, in_targets, i, texts = TokenRow(), False, 0, iter(text_masks)
+    row, in_targets, i = TokenRow(), False, 0
+    masks, continues = iter(text_masks), iter(text_continues)
     gap = tokens["text_target_token"]
     while i < len(ids):
         if ids[i] == tokens["text_start_token"]:
@@ -75,7 +80,7 @@ def expand_placeholders(
             body = ids[i + 1 : end]
             is_target: list[bool] = []
             if in_targets:
-                spans = next(texts, None)
+                spans, filler = next(masks, None), "bos_token" if next(continues, False) else "eos_token"
                 if body == [gap]:
                     body = body * canvas
                 if len(body) > canvas:
@@ -87,7 +92,7 @@ def expand_placeholders(
                 places = [(a - start, b - start) for a, b in offsets[i + 1 : end]]
                 is_target = _targets_of(body, places, gap, spans, canvas, decode)
                 row.is_known = row.is_known and gap not in body
-                body = body + [tokens["eos_token"]] * (canvas - len(body))
+                body = body + [tokens[filler]] * (canvas - len(body))
             elif len(body) > max_text:
                 raise ValueError(
                     f"Got a text of {len(body)} tokens, {decode(body)[:60]!r}; need at most the tokenizer's "
@@ -156,7 +161,7 @@ def pad_rows(rows: Sequence[TokenRow], pad_token_id: int, length: int) -> dict[s
 
 
 def target_texts(ids: list[int], tokens: dict[str, int]) -> list[list[int]]:
-    """The text segments after the first time token of a row, each up to its first </s>."""
+    """The text segments after the first time token of a row, each up to its first </s> or <s>."""
     headers = (tokens["time_image_token"], tokens["time_text_token"])
     start = next((i for i, one in enumerate(ids) if one in headers), len(ids))
     texts: list[list[int]] = []
@@ -165,8 +170,16 @@ def target_texts(ids: list[int], tokens: dict[str, int]) -> list[list[int]]:
         if one == tokens["text_start_token"]:
             texts.append([])
             is_open = True
-        elif one in (tokens["text_end_token"], tokens["eos_token"]):
+        elif one in (tokens["text_end_token"], tokens["eos_token"], tokens["bos_token"]):
             is_open = False
         elif is_open:
             texts[-1].append(one)
     return texts
+
+
+def continues(ids: list[int], tokens: dict[str, int]) -> bool:
+    """Whether the first target text of a row has another block after it: it fills its canvas, or with <s>."""
+    headers = (tokens["time_image_token"], tokens["time_text_token"])
+    start = next((i for i, one in enumerate(ids) if one in headers), len(ids))
+    ends = (tokens["text_end_token"], tokens["eos_token"], tokens["bos_token"])
+    return next((one for one in ids[start:] if one in ends), tokens["eos_token"]) != tokens["eos_token"]

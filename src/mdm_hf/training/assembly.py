@@ -4,7 +4,7 @@ import copy
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..image_processing_mdm import MDMImageProcessorPil
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..processing_mdm import MDMProcessor
+from .blocks import split_text
 from .digits import DigitsSource
 from .latent_cache import LatentCache
 from .mix import ConversationMix, StreamingMix
@@ -150,10 +151,21 @@ def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -
         else:
             if processor is not None:
                 options["check"] = text_check(processor)
+                options["split_text"] = text_splitter(processor)
                 if options.get("latents"):
                     options["latents"] = LatentCache(options["latents"], image_processor=processor.image_processor)
             sources[name] = read_source(**options)
     return sources
+
+
+def text_splitter(processor: MDMProcessor) -> Callable[[str], list[str]]:
+    """Cuts a text into blocks that fit the processor's canvas."""
+
+    @lru_cache(maxsize=2**16)
+    def count(word: str) -> int:
+        return len(processor.tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return partial(split_text, size=processor.max_new_tokens, count=count)
 
 
 def text_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:

@@ -23,7 +23,7 @@ def with_gaps(messages: list[dict], rng: np.random.Generator, share: float) -> l
     masked[int(rng.integers(len(parts)))] = True
     content = []
     for part, is_masked in zip(parts, masked, strict=True):
-        if is_masked:
+        if is_masked and part.get("text") != "":  # the last block of a text may have no word
             mask = drawn_box(rng) if part["type"] == "image" else drawn_span(part["text"], rng)
             part = part | {"mask": mask}
         content.append(part)

@@ -48,7 +48,7 @@ class RecordSource:
         on_bad: "skip" counts, reports and replaces a bad row; "refuse" stops at it.
         image_folder: Where relative image paths start.
         image_file: The image's path for rows without one, filled in from the row: "{image_id:012d}.jpg".
-        condition_dropout, infill: See [`conversation_of`].
+        condition_dropout, infill, split: See [`conversation_of`].
         latents: A `LatentCache` whose latents take the place of the images, by their paths.
         check: Called with the messages of each example; a ValueError makes the row bad. For the price of encoding
             twice, `processor.apply_chat_template` finds what training would stop at: texts too long, control tokens.
@@ -66,6 +66,7 @@ class RecordSource:
         latents: Any = None,
         check: Callable[[list[dict]], Any] | None = None,
         infill: float = 0.0,
+        split: Callable[[str], list[str]] | None = None,
     ):
         if isinstance(adapter, str) and adapter not in ADAPTERS:
             raise ValueError(f"Got adapter {adapter!r}; need one of {', '.join(ADAPTERS)}, or a function.")
@@ -79,7 +80,7 @@ class RecordSource:
             raise ValueError(f"Got tasks {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
         self.is_streaming = isinstance(rows, datasets.IterableDataset)
         self.on_bad, self.condition_dropout, self.check = on_bad, condition_dropout, check
-        self.infill = infill
+        self.infill, self.split = infill, split
         self.image_folder, self.image_file = image_folder, image_file
         self.latents = latents
         self._features = None
@@ -111,7 +112,7 @@ class RecordSource:
         """One example of `task` from `row`, with its images open. Raises [`BadRow`], which names the row."""
         try:
             record = self.adapter(self._with_image_file(row))
-            example = conversation_of(record, task, rng, self.condition_dropout, self.infill)
+            example = conversation_of(record, task, rng, self.condition_dropout, self.infill, self.split)
             example = with_images(example, self._opened)
             if self.check is not None:
                 self._checked(example["messages"])
@@ -202,6 +203,7 @@ def read_source(
     latents: Any = None,
     check: Callable[[list[dict]], Any] | None = None,
     infill: float = 0.0,
+    split_text: Callable[[str], list[str]] | None = None,
     **load_options: Any,
 ) -> RecordSource:
     """Reads a data set.
@@ -216,6 +218,7 @@ def read_source(
         streaming: Read row by row, for [`StreamingMix`]; else as a table on disk, for [`ConversationMix`].
         adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check, infill: See
             [`RecordSource`].
+        split_text: Its `split`, which is the name of something else here.
 
     Raises:
         ValueError: there is no such data set, split or adapter, with what was got, what is needed, what to do.
@@ -243,7 +246,7 @@ def read_source(
             "folder or a file of data; check the spelling, and for a Hub repository that is a script try "
             "revision='refs/convert/parquet'."
         ) from error
-    given = adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check, infill
+    given = adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check, infill, split_text
     return RecordSource(rows, *given)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .blocks import in_blocks
 from .gaps import with_gaps
 
 
@@ -73,7 +74,12 @@ class Record:
 
 
 def conversation_of(
-    record: Record, task: str, rng: np.random.Generator, condition_dropout: float = 0.1, infill: float = 0.0
+    record: Record,
+    task: str,
+    rng: np.random.Generator,
+    condition_dropout: float = 0.1,
+    infill: float = 0.0,
+    split: Callable[[str], list[str]] | None = None,
 ) -> dict:
     """One training example of `task`; what a record has several of is drawn at random.
 
@@ -83,19 +89,24 @@ def conversation_of(
         condition_dropout: Probability to leave out the condition of class_to_image and text_to_image: what guidance
             contrasts with.
         infill: Share of examples whose targets are known in part; see [`with_gaps`].
+        split: Cuts the long texts of `text` and `conversation` into blocks, one of which is the target.
 
     Raises:
         BadRow: `record` has not what the task needs.
         ValueError: no such task.
     """
     if task == "conversation":
-        return {"messages": with_gaps(_up_to_a_drawn_answer(record.messages, rng), rng, infill)}
+        turns = record.messages if split is None else in_blocks(record.messages, split)
+        return {"messages": with_gaps(_up_to_a_drawn_answer(turns, rng), rng, infill)}
     if task not in TASKS:
         raise ValueError(f"Got task {task!r}; choose one of {', '.join(TASKS)}.")
     need = partial(_field, record, task)
     user: list[dict] = []
     if task == "text":
         assistant = [text_part(drawn(need("captions"), rng))]
+        blocks = [] if split is None else in_blocks([{"role": "assistant", "content": assistant}], split)
+        if len(blocks) > 1:
+            return {"messages": with_gaps(_up_to_a_drawn_answer(blocks, rng), rng, infill)}
     elif task == "image_to_text":
         user = [image_part(need("image"))]
         assistant = [text_part(drawn(need("captions"), rng))]

@@ -1,0 +1,240 @@
+"""Claims about conversations that are remembered as a state, and about texts of any length."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import KINDS, batch, generators, tiny_model
+from transformers import TextIteratorStreamer
+
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf.conversation_state import MDMConversationState
+from mdm_hf.sequence_layout import image_of_each_row, plan_scans, positions
+from mdm_hf.training.assembly import text_splitter
+from mdm_hf.training.blocks import split_text
+from mdm_hf.training.records import Record, conversation_of, text_part
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MDMPipeline:
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
+    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
+    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu", num_inference_steps=3)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("sharing", ["shared", "independent", "alternate"])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_prefix_read_in_pieces_leaves_the_states_of_one_read_at_once(sharing, size) -> None:
+    model, inputs = tiny_model(scan_sharing=sharing), batch(KINDS)
+    layout = model.model.layout(inputs["input_ids"], inputs.get("image_grid_hw"), inputs["attention_mask"])
+    known = model.model.known_images(layout, inputs.get("pixel_values"), None)
+    latents = model.model.encode(layout, inputs["input_ids"], known).mean.float()
+    time, has_image = torch.zeros(len(latents), 2), image_of_each_row(layout)
+
+    def read(pieces):
+        cache, hidden = model.new_condition_cache(), []
+        for mask in pieces:
+            index, is_real = positions(mask & ~layout.is_padding)
+            part = layout.select(index, is_real)
+            plan = plan_scans(model.config, part, has_image)
+            held = latents.gather(1, index.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
+            hidden.append(model.model.denoise(held, part, plan, time, inputs["class_ids"], cache)[is_real])
+        return cache, hidden
+
+    layout.is_padding = layout.is_padding | layout.is_header  # no condition has a time token
+    segments = [layout.segment // size == n for n in range(int(layout.segment.max()) // size + 1)]
+    whole, _ = read([torch.ones_like(layout.is_padding)])
+    pieces, _ = read(segments)
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one.ssm, other.ssm, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.conv, other.conv, atol=1e-5, rtol=1e-4)
+
+
+TURNS = (
+    ({"text": "a small three"}, "text"),
+    ({"text": "draw it"}, "image"),
+    ({"text": "which digit is this?", "images": picture(1)}, "text"),
+    ({}, "text"),
+)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_an_answer_after_a_state_is_that_after_the_whole_conversation(pipe, guidance_scale) -> None:
+    options = {"guidance_scale": guidance_scale, "seed": 3}
+    chat, messages, sizes = pipe.chat(), [], set()
+    for said, generate in TURNS:
+        user = pipe.processor.as_messages(**{"text": None, "images": None} | said)
+        pause = [] if user else [{"role": "user", "content": []}]
+        [whole] = pipe(messages=[*messages, *user, *pause], generate=generate, **options)
+        answer = chat(**said, generate=generate, **options)
+        assert answer["text"] == whole["text"]
+        for one, other in zip(answer["images"], whole["images"], strict=True):
+            assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1
+        parts = [{"type": "image", "image": one} for one in answer["images"]]
+        parts += [{"type": "text", "text": one} for one in answer["text"]]
+        messages += [*user, {"role": "assistant", "content": parts}]
+        sizes.add(chat.state.nbytes())
+    assert len(sizes) == 1
+    read = pipe.processor.as_history(messages)
+    assert chat.state.length.tolist() == [read["input_ids"].shape[1]]
+
+
+def test_the_latents_after_a_state_are_those_after_the_whole_conversation() -> None:
+    model, inputs = tiny_model(), batch(["text_to_image", "caption"])
+    options = {"num_inference_steps": 4, "generator": generators([0, 1]), "modality_lag": 0.0}
+    whole = model.generate(**inputs, **options)
+    prefix = ~inputs["target_mask"].bool()
+    prefix &= (inputs["target_mask"].flip(1).cumsum(1).flip(1) > 0) & (inputs["attention_mask"] == 1)
+    for row in range(2):  # all before the last role is read first
+        ids = inputs["input_ids"][row]
+        start = int((ids == 15).nonzero()[-1])
+        grids, kinds = inputs["image_grid_hw"], ("text_to_image", "caption")
+        has_known = kinds[row] == "caption"
+        state = model.read_conversation(
+            ids[None, :start],
+            pixel_values=inputs["pixel_values"] if has_known else None,
+            image_grid_hw=grids[:1] if has_known else None,
+            class_ids=inputs["class_ids"][row : row + 1],
+        )
+        real = int(inputs["attention_mask"][row].sum())
+        rest = {"input_ids": ids[None, start:real], "target_mask": inputs["target_mask"][row : row + 1, start:real]}
+        if not has_known:
+            rest["image_grid_hw"] = grids[:1]
+        out = model.generate(**rest, state=state, **options | {"generator": generators([row])})
+        torch.testing.assert_close(out.latents[0], whole.latents[row, start:real], atol=1e-4, rtol=1e-4)
+
+
+def test_a_dialogue_goes_on_from_a_file(pipe, tmp_path) -> None:
+    chat = pipe.chat()
+    with pytest.raises(ValueError, match="Got a dialogue without a turn; need at least one to save"):
+        chat.save(tmp_path / "chat.safetensors")
+    chat(text="a three", generate="image", seed=0)
+    chat.save(tmp_path / "chat.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.safetensors"]
+    again = pipe.chat(tmp_path / "chat.safetensors")
+    assert again.state.nbytes() == chat.state.nbytes()
+    assert again(text="what?", seed=1) == chat(text="what?", seed=1)
+    forked = pipe.chat(tmp_path / "chat.safetensors")
+    forked(text="what?", seed=1)
+    assert forked.state.length.equal(chat.state.length)
+
+
+def test_a_state_that_fits_nothing_is_refused(pipe, tmp_path) -> None:
+    (tmp_path / "broken").write_bytes(b"no tensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    for name in ("absent", "broken"):
+        with pytest.raises(
+            ValueError, match=f"Got .*{name}, which cannot be read .* that MDMConversationState.save wro"
+        ):
+            pipe.chat(tmp_path / name)
+    with pytest.raises(ValueError, match="a safetensors file of another kind"):
+        MDMConversationState.load(tmp_path / "other")
+    state = tiny_model().read_conversation(batch(["text"])["input_ids"][:, :2])
+    with pytest.raises(
+        ValueError, match="Got the state of a model with num_hidden_layers 3 for one with 2; need that"
+    ):
+        pipe.chat(state)
+    model, inputs = tiny_model(), batch(["both", "text"])
+    with pytest.raises(ValueError, match=r"Got the state of 1 conversation\(s\) for a batch of 2; need one a row"):
+        model.generate(**inputs, state=state)
+    with pytest.raises(ValueError, match="`state` is of type str; it must be what `read_conversation` returned"):
+        model.generate(**inputs, state="chat")
+    with pytest.raises(ValueError, match="Got use_cache=False and a `state`, which is a cache"):
+        model.generate(**batch(["text"]), state=state, use_cache=False)
+    with pytest.raises(ValueError, match="Got a model with backbone 'transformer', whose conditions all see each"):
+        tiny_model(backbone="transformer").read_conversation(batch(["text"])["input_ids"][:, :2])
+    with pytest.raises(ValueError, match="Got messages without a part; need at least one to remember"):
+        pipe.processor.as_history([{"role": "user", "content": []}])
+
+
+def test_a_long_text_grows_no_memory_and_streams_what_it_returns(monkeypatch) -> None:
+    monkeypatch.setattr(MDMProcessor, "continues", lambda self, sequence: True)  # a model that never ends
+    pipe = MDMPipeline.from_pretrained(CARD, device="cpu", num_inference_steps=4)
+    pipe.set_progress_bar_config(disable=True)
+    chat, streamer = pipe.chat(), TextIteratorStreamer(pipe.processor.tokenizer)
+    text = chat.write(text="a three", max_new_tokens=60, streamer=streamer, seed=0)
+    size = chat.state.nbytes()
+    assert "".join(streamer).split() == text.split()
+    assert 10 < len(pipe.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) <= 60
+    chat.write(max_new_tokens=60, seed=1)
+    assert chat.state.nbytes() == size
+    assert pipe.chat().write(text="a three", max_new_tokens=60, seed=0) == text
+
+
+def blocks_of(pipe, *blocks: str, last_continues: bool = False):
+    """What `generate` would return for these blocks of a text, one after the other."""
+    for number, block in enumerate(blocks):
+        part = {"type": "text", "text": block, "continues": number < len(blocks) - 1 or last_continues}
+        yield pipe.processor.apply_chat_template([{"role": "assistant", "content": [part]}])
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [
+        (None, "a small three draw it a six"),
+        ("draw", "a small three draw"),
+        ("three dr", "a small three dr"),
+        (["never", "it a"], "a small three draw it a"),
+    ],
+)
+def test_a_long_text_ends_where_the_model_ends_it_or_after_a_stop_string(pipe, monkeypatch, stop, wanted) -> None:
+    chat, blocks = pipe.chat(), blocks_of(pipe, "a small three", "draw it", "a six")
+    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    assert chat.write(max_new_tokens=100, stop_strings=stop) == wanted
+
+
+def test_a_long_text_ends_with_its_last_token_and_may_end_in_an_empty_block(pipe, monkeypatch) -> None:
+    chat, blocks, asked = pipe.chat(), blocks_of(pipe, "a small three", "draw it", last_continues=True), []
+
+    def generate(*given, max_new_tokens, **options):
+        asked.append(max_new_tokens)
+        return SimpleNamespace(sequences=next(blocks)["input_ids"])
+
+    monkeypatch.setattr(chat, "_generate", generate)
+    assert chat.write(max_new_tokens=5, block_size=4) == "a small three draw it"
+    assert asked == [4, 2]
+    chat, blocks = pipe.chat(), blocks_of(pipe, "a small three", "")
+    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    assert chat.write(max_new_tokens=100) == "a small three"
+    with pytest.raises(ValueError, match="`max_new_tokens` is 0; it must be a whole number, 1 or more"):
+        chat.write(max_new_tokens=0)
+
+
+def test_long_answers_are_learnt_in_blocks_that_say_whether_more_comes(pipe) -> None:
+    processor, split = pipe.processor, text_splitter(pipe.processor)
+    long = "a handwritten three and a small grey six and a drawing of the number 2 and a zero"
+    pieces = split(long)
+    assert " ".join(pieces) == long
+    sizes = [len(processor.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
+    assert len(pieces) > 2
+    assert max(sizes) <= processor.max_new_tokens
+    exact = split_text("b b b b", 2, lambda word: 1)
+    assert exact == ["b b", "b b", ""]
+    record = Record(messages=[{"role": "user", "content": [text_part("say")]}, {"role": "assistant", "content": []}])
+    record.messages[1]["content"] = [text_part(long)]
+    seen = set()
+    for i in range(40):
+        messages = conversation_of(record, "conversation", np.random.default_rng(i), split=split)["messages"]
+        inputs = processor.apply_chat_template(messages)
+        place = len(messages) - 2
+        seen.add(place)
+        assert [message["content"][0]["text"] for message in messages[1:]] == pieces[: place + 1]
+        assert processor.continues(inputs["input_ids"][0]) == (place < len(pieces) - 1)
+        assert (inputs["labels"] >= 0).sum() == processor.max_new_tokens
+    assert seen == set(range(len(pieces)))
+    plain = conversation_of(Record(captions=[long]), "text", np.random.default_rng(0), split=split)["messages"]
+    assert plain[-1]["content"][0]["text"] in pieces

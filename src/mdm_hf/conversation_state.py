@@ -1,0 +1,183 @@
+"""What the model remembers of a conversation: the states of its blocks, of one size however much was read.
+
+All conditions come before the target group in every direction and never see t (`sequence_layout.py`), so that reading
+a conversation is one pass over each stretch of it, in the order in which the stretches come.
+
+Rows without an image are read in the text directions alone. Whether an image will follow cannot be known, so the
+conversation is read both ways: `unseen` as if there never were one, `seen` as if there were; which of the two counts
+is settled when the state is used.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .configuration_mdm import MDMConfig
+from .input_checks import check_inputs
+from .modeling_mdm_block import MDMConditionCache
+from .sequence_layout import image_of_each_row, plan_scans
+
+
+FORMAT = "mdm-conversation-state"
+# Of the configuration, what a state depends on beside the weights.
+SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel")
+
+
+@dataclass
+class MDMConversationState:
+    """The states of all blocks after what was read of a batch of conversations.
+
+    Args:
+        unseen, seen: A cache a block, as if no row had an image, and as if every row had one.
+        has_image: (b,) bool, whether there was one.
+        length: (b,) number of positions read.
+        sizes: What of the model's configuration the states depend on.
+    """
+
+    unseen: list[MDMConditionCache]
+    seen: list[MDMConditionCache]
+    has_image: Tensor
+    length: Tensor
+    sizes: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: MDMConfig, unseen, seen, has_image: Tensor, length: Tensor) -> "MDMConversationState":
+        return cls(unseen, seen, has_image, length, {name: getattr(config, name) for name in SIZES})
+
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(value.nbytes for value in self._tensors().values())
+
+    def cache(self, has_image: Tensor) -> list[MDMConditionCache]:
+        """Open caches of the rows, by whether they have an image now (b,)."""
+        caches = []
+        for unseen, seen in zip(self.unseen, self.seen, strict=True):
+            cache = MDMConditionCache()
+            for name, value in _tensors_of(seen).items():
+                rows = has_image.view(-1, *[1] * (value.ndim - 1))
+                setattr(cache, name, torch.where(rows, value, getattr(unseen, name)))
+            caches.append(cache)
+        return caches
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        path = Path(path)
+        aside = path.with_name(f".unfinished-{path.name}")
+        facts = {"format": FORMAT, "sizes": json.dumps(self.sizes)}
+        save_file({name: value.contiguous() for name, value in self._tensors().items()}, aside, metadata=facts)
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: Any = "cpu") -> "MDMConversationState":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: no such file, or none of this format.
+        """
+        need = "need a file that MDMConversationState.save wrote, whole"
+        try:
+            with safe_open(os.fspath(path), "pt", device=str(device)) as file:
+                facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"Got {path}, which cannot be read ({error}); {need}.") from error
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"Got {path}, a safetensors file of another kind; {need}.")
+        sizes = json.loads(facts["sizes"])
+        branches: dict[str, list[MDMConditionCache]] = {"unseen": [], "seen": []}
+        for caches in branches.values():
+            caches.extend(MDMConditionCache() for _ in range(sizes["num_hidden_layers"]))
+        has_image, length = tensors.pop("has_image"), tensors.pop("length")
+        for name, value in tensors.items():
+            branch, layer, part = name.split(".")
+            setattr(branches[branch][int(layer)], part, value)
+        return cls(branches["unseen"], branches["seen"], has_image, length, sizes)
+
+    def check(self, config: MDMConfig, batch: int) -> None:
+        """Raises ValueError for a state of another model, or of another number of conversations."""
+        for name, value in self.sizes.items():
+            if value != getattr(config, name):
+                raise ValueError(
+                    f"Got the state of a model with {name} {value!r} for one with {getattr(config, name)!r}; need "
+                    "that of the same model; read the conversation again with this one."
+                )
+        if len(self.has_image) != batch:
+            raise ValueError(
+                f"Got the state of {len(self.has_image)} conversation(s) for a batch of {batch}; need one a row; give "
+                "as many rows as conversations."
+            )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"has_image": self.has_image, "length": self.length}
+        for branch in ("unseen", "seen"):
+            for layer, cache in enumerate(getattr(self, branch)):
+                found |= {f"{branch}.{layer}.{name}": value for name, value in _tensors_of(cache).items()}
+        return found
+
+
+def _tensors_of(cache: MDMConditionCache) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(cache).items() if isinstance(value, Tensor)}
+
+
+class MDMConversationMixin:
+    """Gives the model `read_conversation`. Knows the model only through `self`."""
+
+    config: MDMConfig
+    model: Any
+    new_condition_cache: Any
+
+    @torch.no_grad()
+    def read_conversation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        class_ids: Tensor | None = None,
+        *,
+        state: MDMConversationState | None = None,
+        image_latents: Tensor | None = None,
+    ) -> MDMConversationState:
+        """Reads conditions, such as a turn of a conversation that is over, into a state for `generate` to go on from.
+
+        Args:
+            input_ids, pixel_values, image_grid_hw, attention_mask, class_ids, image_latents: As in `forward`, without
+                targets.
+            state: What was read before, one conversation a row; it stays as it is. The first stretch begins with the
+                class token, no other does.
+
+        Returns:
+            The state after both, of the same size.
+
+        Raises:
+            ValueError: inputs that do not fit together, a state of another model, a Transformer.
+        """
+        if self.config.backbone == "transformer":
+            raise ValueError(
+                "Got a model with backbone 'transformer', whose conditions all see each other and grow with what is "
+                "read; need a state of fixed size, backbone 'mamba'; give such a model the whole conversation as "
+                "messages."
+            )
+        fixed = image_grid_hw, attention_mask, None
+        check_inputs(self.config, input_ids, pixel_values, *fixed, class_ids, image_latents=image_latents)
+        layout = self.model.layout(input_ids.long(), *fixed)
+        latents = self.model.encode(
+            layout, layout.input_ids, self.model.known_images(layout, pixel_values, image_latents)
+        ).mean.float()
+        has_image, length = image_of_each_row(layout), (~layout.is_padding).sum(1)
+        unseen, seen = self.new_condition_cache(), self.new_condition_cache()
+        if state is not None:
+            state.check(self.config, len(input_ids))
+            has_image, length = has_image | state.has_image.to(has_image.device), length + state.length
+            unseen, seen = (state.cache(torch.full_like(has_image, value)) for value in (False, True))
+        time = torch.zeros(len(input_ids), 2, device=latents.device)
+        for value, cache in ((False, unseen), (True, seen)):
+            plan = plan_scans(self.config, layout, torch.full_like(has_image, value))
+            self.model.denoise(latents, layout, plan, time, class_ids, cache)
+        return MDMConversationState.of(self.config, unseen, seen, has_image, length)
