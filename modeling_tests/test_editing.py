@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import LATENT, batch, generators, tiny_model
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, MDMPipeline, MDMProcessor
-from mdm_hf.generation_mdm import _Denoiser
+from mdm_hf.denoiser import Denoiser
 from mdm_hf.noise_schedule import alpha_bar
 from mdm_hf.training.digits import DigitsSource
 from mdm_hf.training.gaps import drawn_box, drawn_span, with_gaps
@@ -184,14 +184,14 @@ def test_strength_starts_from_what_is_known_under_as_much_noise_as_it_says(pipe)
     model, processor = pipe.model, pipe.processor
     inputs = processor.apply_chat_template(answer({"type": "image", "image": picture()}))
     inputs.pop("labels")
-    seen, steps, predict = [], [], _Denoiser.predict
+    seen, steps, predict = [], [], Denoiser.predict
 
     def watch(self, z, tracks, step):
         seen.append((z.clone(), self.noise, tracks[0].times))
         return predict(self, z, tracks, step)
 
     options = {"num_inference_steps": 10, "generator": generators([0])}
-    with mock.patch.object(_Denoiser, "predict", watch):
+    with mock.patch.object(Denoiser, "predict", watch):
         model.generate(**inputs, strength=0.4, callback_on_step_end=lambda *a: steps.append(a[2]), **options)
     assert len(steps) == len(seen) == 4
     assert steps[-1] == [0.0]

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, generation_mdm
+from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, denoiser, generation_mdm
 
 
 def same_outputs(a, b, atol=1e-5):
@@ -193,7 +193,7 @@ def test_no_step_of_the_loop_waits_for_the_device(monkeypatch, lag):
 
         return step
 
-    for part, name in ((generation_mdm._Denoiser, "predict"), (generation_mdm._Track, "advance")):
+    for part, name in ((denoiser.Denoiser, "predict"), (generation_mdm._Track, "advance")):
         monkeypatch.setattr(part, name, watched(getattr(part, name)))
     tiny_model().generate(**batch(KINDS), num_inference_steps=3, guidance_scale=2.0, modality_lag=lag)
     assert set(steps) == {"predict", "advance"}

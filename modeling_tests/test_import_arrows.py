@@ -59,7 +59,8 @@ ARROWS: dict[str, set[str]] = {
     "generation_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"checkpoints", "solvers"},  # called on self, so it never names the model
+    | {"checkpoints", "denoiser", "solvers"},  # called on self, so it never names the model
+    "denoiser": OPS | LAYOUT,
     "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},

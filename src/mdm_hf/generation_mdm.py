@@ -10,8 +10,8 @@ Guidance, in one batch of two: what stands at t = 0 is a condition, and the unco
 prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
 """
 
-import copy
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
+from .denoiser import Denoiser
 from .input_checks import (
     as_generators,
     check_finite,
@@ -36,8 +37,7 @@ from .input_checks import (
     frozen_targets,
     replaced_latents,
 )
-from .noise_schedule import add_noise
-from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
+from .sequence_layout import SequenceLayout
 from .solvers import default_solver, load_solver, solver_for
 
 
@@ -50,6 +50,7 @@ SAMPLING_OPTIONS = (
     "text_temperature",
     "modality_lag",
     "strength",
+    "selection_tolerance",
     "use_cache",
 )
 # What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
@@ -71,6 +72,8 @@ class MDMGenerationConfig(GenerationConfig):
         strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
             it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
             network calls.
+        selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
+            are frozen, joined to the conditions and skipped, so that later network calls cost less. None is off.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -84,6 +87,7 @@ class MDMGenerationConfig(GenerationConfig):
         self.text_temperature = kwargs.pop("text_temperature", 1.0)
         self.modality_lag = kwargs.pop("modality_lag", 1.0)
         self.strength = kwargs.pop("strength", 1.0)
+        self.selection_tolerance = kwargs.pop("selection_tolerance", None)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
         self._commit_hash = kwargs.pop("_commit_hash", None)
@@ -115,6 +119,12 @@ class MDMGenerationConfig(GenerationConfig):
         strength = self.strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
+        tolerance = self.selection_tolerance
+        if tolerance is not None:
+            if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1e9:
+                raise ValueError(f"`selection_tolerance` is {tolerance!r}; it must be a number, 0 or more, or None.")
+            if not self.use_cache:
+                raise ValueError("Got selection_tolerance with use_cache=False; it needs the cache; drop one of them.")
 
     @staticmethod
     def _get_default_generation_params() -> dict:
@@ -136,11 +146,17 @@ class MDMGenerateOutput(ModelOutput):
         sequences: (b, l) `input_ids` with the generated text filled in.
         images: For each row, a list of its generated images (channels, height, width) in [-1, 1].
         latents: (b, l, latent_size), the final latents of the targets, the posterior mean elsewhere.
+        frozen_at: (b, l) with token selection, the network call after which a target was frozen; -1 for the others.
+        num_live: (calls, b) with token selection, how many positions the network saw of each row in each call.
+        call_seconds: With token selection, how long each call took.
     """
 
     sequences: Tensor | None = None
     images: list[list[Tensor]] | None = None
     latents: Tensor | None = None
+    frozen_at: Tensor | None = None
+    num_live: Tensor | None = None
+    call_seconds: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -178,6 +194,31 @@ class _Track:
         timestep = self.scheduler.timesteps[calls - self.first + self.skipped]
         moved = self.scheduler.step(z_0[self.at], timestep, z[self.at], return_dict=False, **extra)[0]
         return z.index_put(self.at, moved)
+
+
+class _Selection:
+    """Token selection after each network call, and the account of what it saved."""
+
+    def __init__(self, view: Denoiser):
+        self.view, self.started = view, time.perf_counter()
+        self.frozen_at = torch.full_like(view.full_layout.input_ids, -1)
+        self.num_live: list[Tensor] = []
+        self.seconds: list[float] = []
+
+    def after(self, step: int, z_0: Tensor, z: Tensor, tracks: list[_Track]) -> Tensor:
+        view, now = self.view, time.perf_counter()
+        self.num_live.append(view.num_live)
+        self.seconds.append(now - self.started)
+        self.started = now
+        before = view.joined
+        z = view.select(z_0, z, tracks, step)
+        row, place = (view.joined & ~before).nonzero(as_tuple=True)
+        self.frozen_at[row, view.index[0][row, place]] = step
+        return z
+
+    def report(self) -> dict:
+        num_live = torch.stack(self.num_live)
+        return {"frozen_at": self.frozen_at, "num_live": num_live, "call_seconds": tuple(self.seconds)}
 
 
 class MDMGenerationMixin:
@@ -282,17 +323,22 @@ class MDMGenerationMixin:
             scales["text"] = config.text_guidance_scale
         if state is not None:
             check_state(self.config, state, len(input_ids), config.use_cache)
-        view = _Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
+        view = Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
         if scheduler is None:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
         tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start(tracks)
         steps = range(max(track.last for track in tracks))
+        selection = _Selection(view) if config.selection_tolerance is not None else None
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
+            if selection is not None and not bool(view.layout.is_target.any()):
+                break  # everything has converged
             z_0 = view.predict(z, tracks, step)
             for track in tracks:
                 if track.first <= step < track.last:
                     z = view.with_frozen(track.advance(step, z_0, z))
+            if selection is not None:
+                z = selection.after(step, z_0, z, tracks)
             if callback_on_step_end is not None:
                 preview = partial(self._decode, view, z_0, *known)
                 times = [track.time_after(step + 1) for track in tracks]
@@ -300,6 +346,8 @@ class MDMGenerationMixin:
                 z = replaced_latents(changed, z)
                 z = view.freeze(*frozen_targets(changed, layout.is_target), z_0, z)
         output = self._decode(view, z, *known)
+        if selection is not None:
+            output = MDMGenerateOutput(**output, **selection.report())
         return output if return_dict_in_generate else output.sequences
 
     def _sampling_config(self, generation_config, options: dict) -> MDMGenerationConfig:
@@ -363,7 +411,7 @@ class MDMGenerationMixin:
             logits[:, end].masked_fill_(is_word, -torch.inf)
         return logits.argmax(-1)
 
-    def _decode(self, view: "_Denoiser", z: Tensor, input_ids: Tensor, known_images, pixel_values):
+    def _decode(self, view: "Denoiser", z: Tensor, input_ids: Tensor, known_images, pixel_values):
         """Latents of the active positions (b, m, d) -> MDMGenerateOutput (paper Sec. 4.2.2). A partly known image
         keeps its known patches."""
         layout, latents = view.full_layout, view.restore(z)
@@ -384,147 +432,6 @@ class MDMGenerationMixin:
                 image = self.model.decode_image(latents[row][at].view(h, w, -1), is_known, *sources)
                 images[row].append(check_finite(image, "image").clamp(-1, 1))
         return MDMGenerateOutput(sequences=sequences, images=images, latents=latents)
-
-
-class _Denoiser:
-    """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
-
-    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling, state):
-        self.model, self.scales, self.full_layout = model, scales, layout
-        self.text_temperature, use_cache = sampling.text_temperature, sampling.use_cache
-        targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
-        self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
-        config = model.config
-        in_prefix = ~layout.in_target_group & ~layout.is_padding
-        self.index = positions(~in_prefix & ~layout.is_padding) if use_cache else positions(~layout.is_padding)
-        self.layout = layout.select(*self.index)
-        self.text = (self.layout.is_text & self.layout.is_target).nonzero(as_tuple=True)
-        self.conditions = conditions
-        self.noise = pick(noise, self.index[0])
-        self.clean = pick(conditions, self.index[0])
-        self.frozen = torch.zeros_like(self.layout.is_target)
-        self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
-
-        both, class_pair, latents = layout, class_ids, conditions
-        if self.guided:
-            role = layout.input_ids == config.assistant_token_id
-            last_role = role & (role.long().flip(1).cumsum(1).flip(1) == 1)
-            dropped = in_prefix & ~last_role & (layout.input_ids != config.class_token_id)
-            bare = copy.copy(layout)
-            bare.is_padding = layout.is_padding | dropped
-            both = _stack(layout, bare)
-            none = torch.full_like(layout.input_ids[:, 0], -1)
-            class_pair = torch.cat([none if class_ids is None else class_ids, none])
-            latents = torch.cat([conditions, conditions])
-        has_image = None if image_grid_hw is None else image_of_each_row(both)
-        self.cache = model.new_condition_cache()
-        if state is not None:
-            b, has_image = len(layout.input_ids), image_of_each_row(both)
-            has_image[:b] |= state.has_image.to(has_image.device)
-            self.cache = state.cache(has_image[:b])
-            if self.guided:  # the other half starts as every conversation does, without a class
-                start = torch.full_like(layout.input_ids[:, :1], config.class_token_id)
-                nothing = model.read_conversation(start).cache(has_image[b:])
-                self.cache = [one.stacked_on(other) for one, other in zip(self.cache, nothing, strict=True)]
-        self.class_ids = class_pair
-        clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
-        if use_cache:
-            from_prefix = ~both.in_target_group & ~both.is_padding
-            index, is_real = positions(from_prefix)
-            prefix = both.select(index, is_real)
-            plan = plan_scans(config, prefix, has_image)
-            model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
-            for states in self.cache:
-                states.is_open = False
-        else:
-            self.cache = None
-        pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
-        self.pair_layout = both.select(*pair)
-        self.plan = plan_scans(config, self.pair_layout, has_image)
-
-    def start(self, tracks: list[_Track]) -> Tensor:
-        """z_t (b, m, d) before the first network call: noise, or what is known under as much of it as is left."""
-        z = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
-        for track in tracks:
-            if track.skipped:
-                t = torch.full((len(z), 2), track.times[0], device=z.device)
-                level = self.model.model.alpha_bar_at(self.layout, t)[track.at]
-                z = z.index_put(track.at, add_noise(self.clean[track.at], self.noise[track.at], level))
-        return z
-
-    def freeze(self, mask: Tensor | None, input_ids: Tensor | None, z_0: Tensor, z: Tensor) -> Tensor:
-        """z (b, m, d) with the targets in `mask` (b, l) fixed at z0-hat, text at its likeliest tokens or those of
-        `input_ids`; from now on they are conditions, in their place."""
-        if mask is None:
-            return z
-        model, index = self.model, self.index[0]
-        new = mask.gather(1, index) & self.layout.is_target
-        text = new & self.layout.is_text
-        if input_ids is None:
-            tokens = model.likeliest_tokens(z_0[text], self.layout.precedes_known_text[text])
-        else:
-            tokens = input_ids.gather(1, index)[text]
-        row, place = text.nonzero(as_tuple=True)
-        self.said[row, index[row, place]] = tokens
-        fixed = z_0.clone()
-        fixed[text] = model.model.vae.encode_tokens(tokens.unsqueeze(0)).mean[0].float()
-        self.clean = torch.where(new.unsqueeze(-1), fixed, self.clean)
-        self.frozen = self.frozen | new
-        pairs = 2 if self.guided else 1
-        for layout, frozen in ((self.layout, new), (self.pair_layout, new.repeat(pairs, 1))):
-            layout.is_target = layout.is_target & ~frozen
-            layout.level = layout.level.masked_fill(frozen, 0)
-        self.text = (self.layout.is_text & self.layout.is_target).nonzero(as_tuple=True)
-        return self.with_frozen(z)
-
-    def with_frozen(self, z: Tensor) -> Tensor:
-        return torch.where(self.frozen.unsqueeze(-1), self.clean, z)
-
-    def predict(self, z: Tensor, tracks: list[_Track], step: int) -> Tensor:
-        """z0-hat (b, m, d) after `step` network calls are done."""
-        model, vae = self.model, self.model.model.vae
-        t = torch.zeros(len(z), 2, device=z.device)
-        is_done = torch.zeros_like(self.layout.is_target)
-        for track in tracks:
-            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step), t[:, track.level - 1])
-            if step >= track.last:
-                is_done[track.at] = True
-        is_done = is_done & self.layout.is_target
-        if self.guided:
-            z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), self.noise, z)])
-            t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
-        else:
-            z_pair, t_pair = z, t
-        hidden = model.model.denoise(z_pair, self.pair_layout, self.plan, t_pair, self.class_ids, self.cache)
-        level = model.model.alpha_bar_at(self.pair_layout, t_pair)
-        z_0 = model.predict_latents(hidden, z_pair, level)
-        if not self.guided:
-            with_conditions = mixed = z_0
-        else:
-            with_conditions, without = z_0.chunk(2)
-            mixed = without + self.scales["image"] * (with_conditions - without)
-        if len(self.text[0]):
-            logits = vae.decode_tokens(with_conditions[self.text].to(model.dtype)).float()
-            if self.guided:
-                bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
-                logits = bare + self.scales["text"] * (logits - bare)
-            latent = vae.expected_token_latent(logits / self.text_temperature)
-            mixed = mixed.index_put(self.text, latent.float())
-        return mixed
-
-    def restore(self, z: Tensor) -> Tensor:
-        """Latents of the active positions (b, m, d) back into the whole sequence (b, l, d)."""
-        index, is_real = self.index
-        b, l, d = self.conditions.shape
-        rows = torch.arange(b, device=z.device).unsqueeze(1).expand_as(index)
-        whole = self.conditions.clone()
-        whole[rows[is_real], index[is_real]] = z[is_real]
-        return torch.where(self.full_layout.is_target.unsqueeze(-1), whole, self.conditions)
-
-
-def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
-    pairs = {name: torch.cat([value, getattr(second, name)]) for name, value in vars(first).items()}
-    return SequenceLayout(**pairs)
 
 
 def _sampling_options(config) -> dict:

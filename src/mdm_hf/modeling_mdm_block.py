@@ -10,6 +10,7 @@ Symbols
     x, B, C, dt   input, state projections and step size of the selective scan, Eq. 10-13
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -54,6 +55,12 @@ class MDMConditionCache:
         for name, value in vars(self).items():
             setattr(taken, name, value[rows] if isinstance(value, Tensor) else value)
         return taken
+
+    def reopened(self) -> "MDMConditionCache":
+        """An open cache that starts where this one is."""
+        opened = copy.copy(self)
+        opened.is_open = True
+        return opened
 
     def stacked_on(self, other: "MDMConditionCache") -> "MDMConditionCache":
         """A cache of the rows of this one, then those of the other one; not of a Transformer."""

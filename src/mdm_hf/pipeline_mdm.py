@@ -40,6 +40,7 @@ GENERATE_OPTIONS = (
     "text_temperature",
     "modality_lag",
     "strength",
+    "selection_tolerance",
     "scheduler",
 )
 CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
@@ -180,8 +181,8 @@ class MDMPipeline(Pipeline):
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's.
-            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength: See
-                [`MDMGenerationConfig`]; the model's defaults where None.
+            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength,
+                selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
 
         Returns:
             A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":

@@ -1,0 +1,79 @@
+"""Claims about token selection: targets that have come to their fixed point are frozen, joined and skipped."""
+
+from unittest import mock
+
+import pytest
+import torch
+from tiny import KINDS, batch, generators, tiny_model
+
+from mdm_hf import MDMGenerationConfig, MDMModel
+
+
+OPTIONS = {"num_inference_steps": 6, "modality_lag": 0.0}
+
+
+def drawn(model, inputs, rows=range(9), **options):
+    count = len(inputs["input_ids"])
+    return model.generate(**inputs, generator=generators(list(rows)[:count]), **OPTIONS | options)
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+def test_a_tolerance_that_nothing_meets_changes_no_sample(backbone) -> None:
+    model, inputs = tiny_model(backbone=backbone), batch(KINDS)
+    plain, selected = drawn(model, inputs), drawn(model, inputs, selection_tolerance=0.0)
+    assert plain.sequences.equal(selected.sequences)
+    assert plain.latents.equal(selected.latents)
+    assert (selected.frozen_at == -1).all()
+    assert selected.num_live.shape == (6, len(KINDS))
+    assert len(selected.call_seconds) == 6
+    assert plain.frozen_at is plain.num_live is plain.call_seconds is None
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+def test_what_has_converged_is_seen_once_more_and_no_longer(guidance_scale, backbone) -> None:
+    model, inputs, seen = tiny_model(backbone=backbone), batch(KINDS), []
+    denoise = MDMModel.denoise
+
+    def watch(self, latents, layout, *rest):
+        seen.append((~layout.is_padding)[: len(KINDS)].sum(1))
+        return denoise(self, latents, layout, *rest)
+
+    with mock.patch.object(MDMModel, "denoise", watch):
+        out = drawn(model, inputs, selection_tolerance=3.0, guidance_scale=guidance_scale)
+    targets = inputs["target_mask"] == 1
+    frozen = out.frozen_at >= 0
+    assert frozen.any()
+    assert not (frozen & ~targets).any()
+    calls, first = len(out.num_live), out.num_live[0]
+    for call in range(calls):
+        assert out.num_live[call].equal(first - ((out.frozen_at < call) & frozen).sum(1))
+    passes = torch.stack(seen)
+    assert passes[0].equal((~targets & (inputs["attention_mask"] == 1)).sum(1) - (first - targets.sum(1)))
+    read_again = [((out.frozen_at == call) & frozen).sum(1) for call in range(calls)]
+    wanted = [[out.num_live[call], *([read_again[call]] * bool(read_again[call].any()))] for call in range(calls)]
+    assert passes[1:].equal(torch.stack(sum(wanted, [])))
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    together = drawn(model, inputs, selection_tolerance=3.0)
+    for row, kind in enumerate(KINDS):
+        alone = drawn(model, batch([kind]), rows=[row], selection_tolerance=3.0)
+        length = alone.sequences.shape[1]
+        assert alone.frozen_at[0].equal(together.frozen_at[row, :length])
+        torch.testing.assert_close(alone.latents[0], together.latents[row, :length], atol=1e-4, rtol=1e-4)
+
+
+def test_when_everything_has_converged_no_call_is_made() -> None:
+    out = drawn(tiny_model(), batch(["caption", "text"]), selection_tolerance=1e8)
+    assert len(out.num_live) == 1
+    assert (out.frozen_at.max(1).values == 0).all()
+
+
+def test_a_tolerance_that_is_none_is_refused() -> None:
+    for tolerance in (-1, "low", True, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`selection_tolerance` is .*; it must be a number, 0 or more, or None"):
+            MDMGenerationConfig(selection_tolerance=tolerance)
+    with pytest.raises(ValueError, match="Got selection_tolerance with use_cache=False; it needs the cache"):
+        MDMGenerationConfig(selection_tolerance=0.1, use_cache=False)

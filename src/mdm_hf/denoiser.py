@@ -1,0 +1,235 @@
+"""The model as the denoising loop sees it: z_t of the target group in, z0-hat out.
+
+- Conditions are read once, into a cache from which every network call starts.
+- Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
+  prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
+- What is frozen becomes a condition. In its place it is read with the rest; joined to the prefix it is read once more
+  and then no longer, so that later calls cost less (token selection, paper Sec. 3.2, Theorem 3).
+
+Symbols
+    l   positions of a row,    m   those of the target group, "active",    live   those that the network still sees
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .noise_schedule import add_noise
+from .score_entropy import image_score_entropy_exact, text_score_entropy
+from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
+
+
+class Denoiser:
+    """The model seen from the loop: z_t of the target group in, z0-hat out; conditions cached, guidance batched."""
+
+    def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling, state):
+        self.model, self.scales, self.full_layout = model, scales, layout
+        self.text_temperature, use_cache = sampling.text_temperature, sampling.use_cache
+        targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
+        self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
+        config = model.config
+        in_prefix = ~layout.in_target_group & ~layout.is_padding
+        self.index = positions(~in_prefix & ~layout.is_padding) if use_cache else positions(~layout.is_padding)
+        self.layout = layout.select(*self.index)
+        self.conditions = conditions
+        self.noise = pick(noise, self.index[0])
+        self.clean = pick(conditions, self.index[0])
+        self.frozen, self.joined = (torch.zeros_like(self.layout.is_target) for _ in range(2))
+        self.has_both = targets["image"].any(1) & targets["text"].any(1)
+        self.tolerance = sampling.selection_tolerance
+        self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
+        self.logits: Tensor | None = None
+        self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
+
+        both, class_pair, latents = layout, class_ids, conditions
+        if self.guided:
+            role = layout.input_ids == config.assistant_token_id
+            last_role = role & (role.long().flip(1).cumsum(1).flip(1) == 1)
+            dropped = in_prefix & ~last_role & (layout.input_ids != config.class_token_id)
+            bare = copy.copy(layout)
+            bare.is_padding = layout.is_padding | dropped
+            both = _stack(layout, bare)
+            none = torch.full_like(layout.input_ids[:, 0], -1)
+            class_pair = torch.cat([none if class_ids is None else class_ids, none])
+            latents = torch.cat([conditions, conditions])
+        self.has_image = has_image = None if image_grid_hw is None else image_of_each_row(both)
+        self.cache = model.new_condition_cache()
+        if state is not None:
+            b, has_image = len(layout.input_ids), image_of_each_row(both)
+            has_image[:b] |= state.has_image.to(has_image.device)
+            self.has_image = has_image
+            self.cache = state.cache(has_image[:b])
+            if self.guided:  # the other half starts as every conversation does, without a class
+                start = torch.full_like(layout.input_ids[:, :1], config.class_token_id)
+                nothing = model.read_conversation(start).cache(has_image[b:])
+                self.cache = [one.stacked_on(other) for one, other in zip(self.cache, nothing, strict=True)]
+        self.class_ids = class_pair
+        clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
+        if use_cache:
+            from_prefix = ~both.in_target_group & ~both.is_padding
+            index, is_real = positions(from_prefix)
+            prefix = both.select(index, is_real)
+            plan = plan_scans(config, prefix, has_image)
+            model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
+            for states in self.cache:
+                states.is_open = False
+        else:
+            self.cache = None
+        pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
+        self.pair_layout = both.select(*pair)
+        self._look()
+
+    def _look(self) -> None:
+        """Settles which of the active positions the network sees: all but those that were joined to the prefix."""
+        self.live, is_real = positions(~self.layout.is_padding & ~self.joined)
+        self.num_live = is_real.sum(1)
+        live = self.layout.select(self.live, is_real)
+        pairs = 2 if self.guided else 1
+        self.live_pair = self.pair_layout.select(self.live.repeat(pairs, 1), is_real.repeat(pairs, 1))
+        self.plan = plan_scans(self.model.config, self.live_pair, self.has_image)
+        self.text = (live.is_text & live.is_target).nonzero(as_tuple=True)
+
+    def start(self, tracks: list) -> Tensor:
+        """z_t (b, m, d) before the first network call: noise, or what is known under as much of it as is left."""
+        z = torch.where(self.layout.is_target.unsqueeze(-1), self.noise, self.clean)
+        for track in tracks:
+            if track.skipped:
+                t = torch.full((len(z), 2), track.times[0], device=z.device)
+                level = self.model.model.alpha_bar_at(self.layout, t)[track.at]
+                z = z.index_put(track.at, add_noise(self.clean[track.at], self.noise[track.at], level))
+        return z
+
+    def freeze(self, mask: Tensor | None, input_ids: Tensor | None, z_0: Tensor, z: Tensor) -> Tensor:
+        """z (b, m, d) with the targets in `mask` (b, l) fixed at z0-hat, text at its likeliest tokens or those of
+        `input_ids`; from now on they are conditions, in their place."""
+        if mask is None:
+            return z
+        model, index = self.model, self.index[0]
+        new = mask.gather(1, index) & self.layout.is_target
+        text = new & self.layout.is_text
+        if input_ids is None:
+            tokens = model.likeliest_tokens(z_0[text], self.layout.precedes_known_text[text])
+        else:
+            tokens = input_ids.gather(1, index)[text]
+        row, place = text.nonzero(as_tuple=True)
+        self.said[row, index[row, place]] = tokens
+        fixed = z_0.clone()
+        fixed[text] = model.model.vae.encode_tokens(tokens.unsqueeze(0)).mean[0].float()
+        self.clean = torch.where(new.unsqueeze(-1), fixed, self.clean)
+        self.frozen = self.frozen | new
+        pairs = 2 if self.guided else 1
+        for layout, frozen in ((self.layout, new), (self.pair_layout, new.repeat(pairs, 1))):
+            layout.is_target = layout.is_target & ~frozen
+            layout.level = layout.level.masked_fill(frozen, 0)
+        self._look()
+        return self.with_frozen(z)
+
+    def join(self, new: Tensor) -> None:
+        """Reads frozen positions (b, m) as the end of the prefix, and no longer with the rest.
+
+        The unconditional half drops them in rows that target both modalities, where they are a condition of the other.
+        """
+        self.joined = self.joined | new
+        if self.guided:
+            new = torch.cat([new, new & ~self.has_both.unsqueeze(1)])
+        index, is_real = positions(new)
+        read = self.pair_layout.select(index, is_real)
+        read.in_target_group = torch.zeros_like(read.in_target_group)
+        clean = pick(self.clean.repeat(len(new) // len(self.clean), 1, 1), index)
+        time = torch.zeros(len(new), 2, device=clean.device)
+        self.cache = [states.reopened() for states in self.cache]
+        plan = plan_scans(self.model.config, read, self.has_image)
+        self.model.model.denoise(clean, read, plan, time, self.class_ids, self.cache)
+        for states in self.cache:
+            states.is_open = False
+        self._look()
+
+    def select(self, z_0: Tensor, z: Tensor, tracks: list, step: int) -> Tensor:
+        """Freezes and joins the targets whose score has come to its fixed point, se = 0 up to the tolerance (Eq. 8).
+
+        The fixed point of a text token is its likeliest token. That of a patch is where its prediction would come to
+        at alpha_bar = 1, if it went on as it did since the call before. Returns z (b, m, d).
+        """
+        moves = torch.zeros_like(self.layout.is_target)
+        levels = []  # alpha_bar in this call, and in the one before
+        for calls in (step, step - 1):
+            t = torch.zeros(len(z), 2, device=z.device)
+            for track in tracks:
+                t[:, track.level - 1] = torch.where(track.rows, track.time_after(calls), t[:, track.level - 1])
+                moves[track.at] = track.first <= step < track.last - 1  # in its last call a track is done anyway
+            levels.append(self.model.model.alpha_bar_at(self.layout, t))
+        entropy = torch.full(z.shape[:2], torch.inf, device=z.device)
+        if self.before is not None:
+            left = (1 - levels[0]) / (levels[0] - levels[1]).clamp(min=1e-9)
+            entropy = image_score_entropy_exact(self.before, z_0, left**2)
+        entropy = torch.where(self.layout.is_text, torch.inf, entropy)
+        if self.logits is not None:
+            row, place = self.text
+            entropy[row, self.live[row, place]] = text_score_entropy(self.logits, self.logits.argmax(-1))
+        self.before = z_0
+        new = moves & self.layout.is_target & (entropy <= self.tolerance)
+        if not bool(new.any()):
+            return z
+        row, place = new.nonzero(as_tuple=True)
+        mask = torch.zeros_like(self.full_layout.is_target)
+        mask[row, self.index[0][row, place]] = True
+        z = self.freeze(mask, None, z_0, z)
+        self.join(new)
+        return z
+
+    def with_frozen(self, z: Tensor) -> Tensor:
+        return torch.where(self.frozen.unsqueeze(-1), self.clean, z)
+
+    def predict(self, z: Tensor, tracks: list, step: int) -> Tensor:
+        """z0-hat (b, m, d) after `step` network calls are done."""
+        model, vae = self.model, self.model.model.vae
+        t = torch.zeros(len(z), 2, device=z.device)
+        is_done = torch.zeros_like(self.layout.is_target)
+        for track in tracks:
+            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step), t[:, track.level - 1])
+            if step >= track.last:
+                is_done[track.at] = True
+        is_done = is_done & self.layout.is_target
+        whole, live = z, self.live
+        z, is_done, noise = pick(z, live), is_done.gather(1, live), pick(self.noise, live)
+        if self.guided:
+            z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), noise, z)])
+            t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
+        else:
+            z_pair, t_pair = z, t
+        hidden = model.model.denoise(z_pair, self.live_pair, self.plan, t_pair, self.class_ids, self.cache)
+        level = model.model.alpha_bar_at(self.live_pair, t_pair)
+        z_0 = model.predict_latents(hidden, z_pair, level)
+        if not self.guided:
+            with_conditions = mixed = z_0
+        else:
+            with_conditions, without = z_0.chunk(2)
+            mixed = without + self.scales["image"] * (with_conditions - without)
+        if len(self.text[0]):
+            logits = vae.decode_tokens(with_conditions[self.text].to(model.dtype)).float()
+            if self.guided:
+                bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
+                logits = bare + self.scales["text"] * (logits - bare)
+            self.logits = None if self.tolerance is None else logits
+            latent = vae.expected_token_latent(logits / self.text_temperature)
+            mixed = mixed.index_put(self.text, latent.float())
+        else:
+            self.logits = None
+        rows = torch.arange(len(live), device=live.device).unsqueeze(1).expand_as(live)
+        seen = ~self.live_pair.is_padding[: len(live)]
+        return whole.index_put((rows[seen], live[seen]), mixed[seen])
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Latents of the active positions (b, m, d) back into the whole sequence (b, l, d)."""
+        index, is_real = self.index
+        b, l, d = self.conditions.shape
+        rows = torch.arange(b, device=z.device).unsqueeze(1).expand_as(index)
+        whole = self.conditions.clone()
+        whole[rows[is_real], index[is_real]] = z[is_real]
+        return torch.where(self.full_layout.is_target.unsqueeze(-1), whole, self.conditions)
+
+
+def _stack(first: SequenceLayout, second: SequenceLayout) -> SequenceLayout:
+    pairs = {name: torch.cat([value, getattr(second, name)]) for name, value in vars(first).items()}
+    return SequenceLayout(**pairs)
