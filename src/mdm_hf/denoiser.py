@@ -216,9 +216,9 @@ class Denoiser:
             mixed = mixed.index_put(self.text, latent.float())
         else:
             self.logits = None
-        rows = torch.arange(len(live), device=live.device).unsqueeze(1).expand_as(live)
-        seen = ~self.live_pair.is_padding[: len(live)]
-        return whole.index_put((rows[seen], live[seen]), mixed[seen])
+        seen = ~self.live_pair.is_padding[: len(live)].unsqueeze(-1)
+        places = live.unsqueeze(-1).expand_as(mixed)
+        return whole.scatter(1, places, torch.where(seen, mixed, pick(whole, live)))
 
     def restore(self, z: Tensor) -> Tensor:
         """Latents of the active positions (b, m, d) back into the whole sequence (b, l, d)."""
