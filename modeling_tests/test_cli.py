@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -33,16 +34,29 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
     assert Image.open(output).size[0] > 200
 
 
+def test_generate_changes_what_a_mask_marks(tmp_path):
+    given, output = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8), tmp_path / "out.png"
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray(np.repeat([255, 0], 4)[:, None].repeat(8, 1).astype(np.uint8)).save(tmp_path / "mask.png")
+    edit = ["--canvas", str(tmp_path / "given.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.7"]
+    arguments = ["generate", "--model", CARD, *edit, "--steps", "4", "--seed", "0", "--scheduler", "DDIMScheduler"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert Image.open(output).size[0] > 50
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "--steps", "0"], "`num_inference_steps` is 0"),
         (["generate", "--class-id", "12"], "12"),
+        (["generate", "--strength", "0.5"], "Got --mask or --strength without --canvas; need the picture"),
+        (["generate", "--canvas", "missing.png", "--generate", "text"], "Got generate=['text'] and a canvas"),
+        (["generate", "--scheduler", "Euler"], "`scheduler` is 'Euler', which names no scheduler"),
         (["generate", "--modality-lag", "2"], "`modality_lag` is 2.0; it must lie in [-1, 1]"),
         (["generate", "--image", "missing.png"], "'missing.png', which cannot be opened"),
         (["generate", "--image", __file__], "which holds no image that Pillow can read"),
     ],
-    ids=["steps", "class", "lag", "file", "no-image"],
+    ids=["steps", "class", "strength", "canvas", "scheduler", "lag", "file", "no-image"],
 )
 def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, capsys):
     assert main([*arguments, "--model", CARD]) == 2

@@ -50,10 +50,12 @@ def targets(processor, inputs, row: int = 0) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
-def test_a_mask_over_a_picture_makes_targets_of_the_patches_that_it_touches(processor) -> None:
+def test_a_mask_over_a_picture_makes_targets_of_the_patches_that_it_touches(processor, tmp_path) -> None:
     one_pixel = np.zeros((8, 8))
     one_pixel[5, 3] = 1
-    for mask, marked in ((UPPER, range(8)), (one_pixel, [9]), (Image.fromarray(UPPER), range(8))):
+    Image.fromarray(UPPER).save(tmp_path / "mask.png")
+    masks = (UPPER, range(8)), (one_pixel, [9]), (Image.fromarray(UPPER), range(8)), (tmp_path / "mask.png", range(8))
+    for mask, marked in masks:
         inputs = processor.apply_chat_template(answer({"type": "image", "image": picture(), "mask": mask}))
         ids, target = inputs["input_ids"][0], inputs["target_mask"][0]
         patches = (ids == processor.image_token_id).nonzero().flatten()

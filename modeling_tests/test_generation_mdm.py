@@ -400,6 +400,23 @@ def test_solvers_sample_a_gaussian_from_its_exact_predictor(solver, steps):
     assert abs(float(values.std()) - deviation) < 0.08
 
 
+def test_a_solver_may_be_named():
+    model, inputs = tiny_model(), batch(["both"])
+    options = {"num_inference_steps": 4}
+    for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler):
+        built = kind.from_config(model.default_scheduler().config)
+        one, other = (
+            model.generate(**inputs, scheduler=solver, generator=generators([0]), **options)
+            for solver in (kind.__name__, built)
+        )
+        same_outputs(one, other)
+    for name in ("EulerSolver", "UNet2DModel", "__version__"):
+        with pytest.raises(ValueError, match=f"`scheduler` is '{name}', which names no scheduler of diffusers"):
+            model.generate(**inputs, scheduler=name)
+    with pytest.raises(ValueError, match=r"`scheduler` \(EulerDiscreteScheduler\)"):
+        model.generate(**inputs, scheduler="EulerDiscreteScheduler")
+
+
 def test_the_callback_sees_every_step_and_may_replace_the_latents():
     model = tiny_model()
     seen = []

@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--image", help="a picture to caption or ask about: path or URL (mdm-digits knows light strokes on dark)"
     )
+    generate.add_argument("--canvas", help="a picture to change: path or URL; takes the place of --generate")
+    generate.add_argument("--mask", help="a picture over --canvas, white where it is to be made anew (default: all)")
+    generate.add_argument(
+        "--strength", type=float, help="of the change of --canvas: 1 keeps nothing of what is made anew (default: 1)"
+    )
     generate.add_argument("--class-id", type=int, help="data category, for instance the digit")
     generate.add_argument(
         "--generate",
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--modality-lag", type=float, help="1 the text is done before the image, 0 both at once (default: the model's)"
     )
+    generate.add_argument("--scheduler", help="a solver of diffusers, UniPCMultistepScheduler (default: the model's)")
     generate.add_argument("--seed", type=int, help="of the first sample, n + seed of sample n (default: at random)")
     generate.add_argument(
         "--output", type=_picture, default="generated.png", help="picture grid (default: %(default)s)"
@@ -235,13 +241,24 @@ def _generate(options) -> None:
     from . import MDMPipeline
     from .evaluation.pictures import picture_grid
 
-    wanted = tuple(options.generate or (("text",) if options.image else ("image", "text")))
+    wanted: tuple[str, ...] | None = tuple(options.generate or (("text",) if options.image else ("image", "text")))
+    canvas = None
+    if options.canvas is not None:
+        canvas = {"type": "image", "image": options.canvas}
+        if options.mask is not None:
+            canvas["mask"] = options.mask
+        wanted = options.generate
+    elif options.mask is not None or options.strength is not None:
+        raise ValueError("Got --mask or --strength without --canvas; need the picture that is to be changed; name it.")
     pipe = MDMPipeline.from_pretrained(options.model)
     results = pipe(
         text=options.text,
         images=options.image,
         class_ids=options.class_id,
         generate=wanted,
+        canvas=canvas,
+        strength=options.strength,
+        scheduler=options.scheduler,
         num_return_sequences=options.num_samples,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -252,7 +269,7 @@ def _generate(options) -> None:
     )
     for result in results:
         print(*result["text"], sep="\n")
-    if "image" in wanted:
+    if canvas is not None or "image" in wanted:
         cells = [(image, " ".join(r["text"])) for r in results for image in r["images"]]
         picture_grid(cells, columns=min(10, len(cells))).save(options.output)
         print(f"Wrote {options.output.resolve()}.")

@@ -38,7 +38,7 @@ from .input_checks import (
     replaced_latents,
 )
 from .sequence_layout import SequenceLayout
-from .solvers import default_solver, load_solver, solver_for
+from .solvers import default_solver, load_solver, solver_for, solver_named
 
 
 logger = hf_logging.get_logger(__name__)
@@ -284,10 +284,10 @@ class MDMGenerationMixin:
                 (`num_inference_steps`, `guidance_scale`, ...).
             generator: Source of the noise, on the CPU: one for all rows, or one per row, which makes a sample
                 independent of the batch it is in, up to rounding in half precision.
-            scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`. Defaults to
-                the one that the model was saved with, else second-order DPM-Solver++. It is copied with each
-                modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading" time
-                steps.
+            scheduler: A diffusers scheduler of variance-preserving form with `prediction_type="sample"`, or its name.
+                Defaults to the one that the model was saved with, else second-order DPM-Solver++. It is copied with
+                each modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading"
+                time steps.
             callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
                 network call; `decode()` gives a preview as MDMGenerateOutput. It may return a dict of some of
                 "latents", to replace them; "frozen", a mask (b, l) of targets that are to stay as they are predicted
@@ -326,6 +326,8 @@ class MDMGenerationMixin:
         view = Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
         if scheduler is None:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
+        elif isinstance(scheduler, str):
+            scheduler = solver_named(scheduler, self.config)
         tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start(tracks)
         steps = range(max(track.last for track in tracks))

@@ -286,13 +286,16 @@ class MDMImageProcessorPil(PilBackend):
         """Which patches of a picture a mask of it touches: (rows, columns) bool.
 
         Args:
-            mask: PIL image or array (height, width) of what is to be made: white, or at least half of it. It is laid
-                over the picture as the picture is processed: stretched or, with `aspect_ratio_buckets`, cut.
+            mask: PIL image, path, URL or array (height, width) of what is to be made: white, or at least half of it.
+                It is laid over the picture as the picture is processed: stretched or, with `aspect_ratio_buckets`,
+                cut.
             grid: (rows, columns) of the picture in patches.
 
         Raises:
             ValueError: no mask of two dimensions, or one that marks nothing.
         """
+        if isinstance(mask, str | bytes | os.PathLike):
+            mask = self.fetch_images(mask)
         if isinstance(mask, Image.Image):
             array = np.asarray(mask.convert("L")) / 255
         else:

@@ -28,7 +28,7 @@ from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
 from .processing_mdm import MDMProcessor
 from .prompts import CONDITIONS, read_prompts, whole_number
-from .solvers import load_solver
+from .solvers import load_solver, solver_named
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
@@ -64,8 +64,8 @@ class MDMPipeline(Pipeline):
     Args:
         model: The model, with its head.
         processor: Its processor.
-        scheduler: A diffusers scheduler with `prediction_type="sample"`; the one that the model was saved with if
-            None, else `generate`'s default.
+        scheduler: A diffusers scheduler with `prediction_type="sample"`, or its name; the one that the model was saved
+            with if None, else `generate`'s default.
         compile: Compile the blocks with `torch.compile`, which takes a minute and pays where many samples are drawn. A
             string is its mode. Modes with CUDA graphs have not been tried: the states that the blocks keep for
             later steps are outputs of a graph that the next replay overwrites.
@@ -86,6 +86,8 @@ class MDMPipeline(Pipeline):
                 "load the two together with MDMPipeline.from_pretrained(...)."
             )
         super().__init__(model=model, processor=processor, **kwargs)
+        if isinstance(scheduler, str):
+            scheduler = solver_named(scheduler, model.config)
         self.scheduler = scheduler or model.scheduler
         if compile:
             compile_blocks(self.model.model.layers, mode=compile if isinstance(compile, str) else None)
@@ -180,7 +182,7 @@ class MDMPipeline(Pipeline):
             generate: "image", "text", or both, which is the default.
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length of the text canvas in tokens.
-            scheduler: Instead of the pipeline's.
+            scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
             num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength,
                 selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
 

@@ -30,6 +30,20 @@ def default_solver(config: MDMConfig) -> DPMSolverMultistepScheduler:
     )
 
 
+def solver_named(name: str, config: MDMConfig):
+    """The scheduler of diffusers called `name`, on the model's betas and told to take clean latents.
+
+    Raises:
+        ValueError: diffusers has no scheduler of that name.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(
+            f"`scheduler` is {name!r}, which names no scheduler of diffusers {diffusers.__version__}; {USABLE_SOLVERS}"
+        )
+    return kind.from_config(default_solver(config).config)
+
+
 def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_bar: Tensor) -> tuple[Any, list[float]]:
     """A fresh copy of `scheduler` on the modality's betas, and t in [0, 1] at each of its `length` network calls.
 
