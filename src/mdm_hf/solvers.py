@@ -36,7 +36,7 @@ def solver_named(name: str, config: MDMConfig):
     Raises:
         ValueError: diffusers has no scheduler of that name.
     """
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(
             f"`scheduler` is {name!r}, which names no scheduler of diffusers {diffusers.__version__}; {USABLE_SOLVERS}"
