@@ -214,6 +214,14 @@ def test_a_long_text_ends_with_its_last_token_and_may_end_in_an_empty_block(pipe
         chat.write(max_new_tokens=0)
 
 
+def test_what_the_user_said_is_remembered_where_the_answer_is_empty(pipe, monkeypatch) -> None:
+    chat, blocks = pipe.chat(), blocks_of(pipe, "")
+    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    assert chat.write(text="a small three") == ""
+    read = pipe.processor.as_history(pipe.processor.as_messages("a small three", None))
+    assert chat.state.length.tolist() == [read["input_ids"].shape[1]]
+
+
 def test_long_answers_are_learnt_in_blocks_that_say_whether_more_comes(pipe) -> None:
     processor, split = pipe.processor, text_splitter(pipe.processor)
     long = "a handwritten three and a small grey six and a drawing of the number 2 and a zero"

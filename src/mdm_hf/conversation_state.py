@@ -27,7 +27,7 @@ from .sequence_layout import image_of_each_row, plan_scans
 
 FORMAT = "mdm-conversation-state"
 # Of the configuration, what a state depends on beside the weights.
-SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel")
+SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel", "scan_sharing")
 
 
 @dataclass

@@ -152,13 +152,9 @@ class Denoiser:
         at alpha_bar = 1, if it went on as it did since the call before. Returns z (b, m, d).
         """
         moves = torch.zeros_like(self.layout.is_target)
-        levels = []  # alpha_bar in this call, and in the one before
-        for calls in (step, step - 1):
-            t = torch.zeros(len(z), 2, device=z.device)
-            for track in tracks:
-                t[:, track.level - 1] = torch.where(track.rows, track.time_after(calls), t[:, track.level - 1])
-                moves[track.at] = track.first <= step < track.last - 1  # in its last call a track is done anyway
-            levels.append(self.model.model.alpha_bar_at(self.layout, t))
+        for track in tracks:
+            moves[track.at] = track.first <= step < track.last - 1  # in its last call a track is done anyway
+        levels = [self.model.model.alpha_bar_at(self.layout, self._times(tracks, calls)) for calls in (step, step - 1)]
         entropy = torch.full(z.shape[:2], torch.inf, device=z.device)
         if self.before is not None:
             left = (1 - levels[0]) / (levels[0] - levels[1]).clamp(min=1e-9)
@@ -181,13 +177,18 @@ class Denoiser:
     def with_frozen(self, z: Tensor) -> Tensor:
         return torch.where(self.frozen.unsqueeze(-1), self.clean, z)
 
+    def _times(self, tracks: list, calls: int) -> Tensor:
+        """t of image and text (b, 2) when `calls` network calls are done; 0 where a row has no such target."""
+        t = torch.zeros(len(self.live), 2, device=self.live.device)
+        for track in tracks:
+            t[:, track.level - 1] = torch.where(track.rows, track.time_after(calls), t[:, track.level - 1])
+        return t
+
     def predict(self, z: Tensor, tracks: list, step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
-        t = torch.zeros(len(z), 2, device=z.device)
-        is_done = torch.zeros_like(self.layout.is_target)
+        t, is_done = self._times(tracks, step), torch.zeros_like(self.layout.is_target)
         for track in tracks:
-            t[:, track.level - 1] = torch.where(track.rows, track.time_after(step), t[:, track.level - 1])
             if step >= track.last:
                 is_done[track.at] = True
         is_done = is_done & self.layout.is_target

@@ -112,7 +112,7 @@ class MDMDialogue:
         left = whole_number("max_new_tokens", max_new_tokens)
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         first = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        said, written, is_over = processor.as_messages(text, images), "", False
+        said, written = processor.as_messages(text, images), ""
         for number in count():
             canvas = min(size, left)
             out = self._generate(said, "text", first + number, max_new_tokens=canvas, **options)
@@ -128,8 +128,9 @@ class MDMDialogue:
             ids = processor.tokenizer(block, add_special_tokens=False)["input_ids"]
             if streamer is not None and ids:
                 streamer.put(torch.tensor(ids))
-            if block:
-                self.read([*said, {"role": "assistant", "content": [{"type": "text", "text": block}]}])
+            answer = [{"role": "assistant", "content": [{"type": "text", "text": block}]}] if block else []
+            if said or answer:
+                self.read([*said, *answer])
             said, written, left = [], whole, left - max(1, len(ids))
             if is_over or left <= 0:
                 break

@@ -6,8 +6,7 @@ Every modality follows its own time grid, driven by its own copy of one diffuser
     text            [t = 1 ............ 0]                      N solver steps each; without a lag in the same N calls,
     image                    [t = 1 ............ 0]             with lag 1 the text is done when the image starts
 
-Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
-prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
+What a network call is, with its conditions and guidance, stands in `denoiser.py`.
 """
 
 import inspect
