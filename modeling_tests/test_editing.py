@@ -161,6 +161,22 @@ def test_infilling_keeps_every_known_word(pipe) -> None:
     assert pipe(images=picture(), canvas=continued, seed=0)[0]["text"][0].startswith("a handwritten")
 
 
+def test_a_text_does_not_end_in_a_gap_before_its_known_words(pipe, monkeypatch) -> None:
+    vae, gap, ends = pipe.model.model.vae, pipe.processor.mask_token, pipe.model.config.end_token_ids
+    decode = vae.decode_tokens
+
+    def ending(latents):
+        logits = decode(latents)
+        logits[..., ends] = 100.0
+        return logits
+
+    monkeypatch.setattr(vae, "decode_tokens", ending)
+    [infilled] = pipe(images=picture(), canvas={"type": "text", "text": f"a {gap} three"}, seed=0)
+    assert infilled["text"][0].startswith("a")
+    assert infilled["text"][0].endswith("three")
+    assert pipe(images=picture(), generate="text", seed=0)[0]["text"] == [""]
+
+
 def test_a_canvas_of_new_parts_is_the_plain_call(pipe) -> None:
     plain = pipe(class_ids=3, seed=0)
     canvas = pipe(class_ids=3, canvas=[{"type": "image"}, {"type": "text"}], seed=0)
