@@ -102,9 +102,10 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "tokenizer": set(),
     "recipe": {"records"},
     "memory": set(),
+    "muon": set(),
     "trainer": {"measures"},
     "pictures": {"mix"},
-    "assembly": {"blocks", "records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe"},
+    "assembly": {"blocks", "records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe", "muon"},
     "stages": {"recipe", "assembly", "trainer", "pictures"},
     "dry_run": {"memory", "recipe", "trainer", "pictures", "assembly"},
 }

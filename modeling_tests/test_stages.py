@@ -307,6 +307,7 @@ def test_a_dry_run_takes_the_longest_rows_of_the_data_once_there_is_a_processor(
         ("data.pictures.adaptor=captions", "Got data.pictures with the key 'adaptor'; need among"),
         ("model.preset=mdm-huge", "Got model.preset 'mdm-huge'; need one of mdm-digits"),
         ("stages.diffusion.fsdp=true", "Got stages.diffusion.fsdp on one process; need several"),
+        ("stages.vae.optim=muon", "Got a model with no trained block for muon"),
         ("stages.diffusion.report_to=nonsense", "Got stages.diffusion.report_to"),
         ("generation.guidance_scale=-3", "guidance_scale"),
         ("data.more={path: digits, tasks: {class_to_image: 1}}", "need all of one kind; set `streaming` alike"),

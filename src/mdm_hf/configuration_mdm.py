@@ -33,7 +33,9 @@ class MDMVAEConfig(PreTrainedConfig):
             sequence.
         latent_size: Width of the latent space shared by both modalities.
         hidden_size: Width of the encoder and the decoder.
-        num_hidden_layers: Hidden layers of the encoder, and of the decoder.
+        num_hidden_layers: Hidden layers of the decoder, and of the encoder unless `num_encoder_layers` says otherwise.
+        num_encoder_layers: Hidden layers of the encoder; with 0 of them latents are a linear map of patches and token
+            embeddings, which is easier to denoise and to read than what an MLP folds into as many dimensions.
         initializer_range: Standard deviation of the token embeddings at initialisation.
     """
 
@@ -47,6 +49,7 @@ class MDMVAEConfig(PreTrainedConfig):
     latent_size: int = 64
     hidden_size: int = 512
     num_hidden_layers: int = 2
+    num_encoder_layers: int | None = None
     initializer_range: float | int = 1.0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -56,6 +59,8 @@ class MDMVAEConfig(PreTrainedConfig):
         _require_positive(
             self, "vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers"
         )
+        if self.num_encoder_layers is not None and self.num_encoder_layers < 0:
+            raise ValueError(f"`num_encoder_layers` is {self.num_encoder_layers}; it must be 0 (linear) or more.")
 
 
 @strict
@@ -85,6 +90,8 @@ class MDMConfig(PreTrainedConfig):
             `"alternate"`: one direction per block, in turn.
         scan_directions: Number of image and of text orders: [4, 2] in the paper, [2, 1] in its ablation (Table 3).
         num_classes: Number of data categories; 0 for none.
+        input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t for
+            latents at unit scale, in which noise fades as it drowns the latent; or `"none"`, z_t itself.
         num_train_timesteps: T of the DDPM schedule (Eq. 1).
         beta_start, beta_end: Ends of the beta schedule.
         image_beta_schedule, text_beta_schedule: Beta schedule of each modality, by its name in diffusers.
@@ -136,6 +143,7 @@ class MDMConfig(PreTrainedConfig):
     scan_sharing: Literal["shared", "independent", "alternate"] = "shared"
     scan_directions: list[int] | tuple[int, ...] = (4, 2)
     num_classes: int = 0
+    input_scaling: Literal["none", "posterior_mean"] = "posterior_mean"
     num_train_timesteps: int = 1000
     beta_start: float | int = 1e-4
     beta_end: float | int = 2e-2

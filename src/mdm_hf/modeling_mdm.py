@@ -375,6 +375,8 @@ class MDMModel(MDMPreTrainedModel):
     ) -> Tensor:
         """Runs the blocks over z_t: (b, l, hidden_size). With a cache per block, over the prefix (fills it) or
         the target group (starts from it)."""
+        if self.config.input_scaling == "posterior_mean":  # of z_0, were it N(0, I)
+            latents = latents * self.alpha_bar_at(layout, timesteps).sqrt().unsqueeze(-1)
         hidden_states = self.embeddings(latents, layout, timesteps, class_ids)
         plans = plan.alternating() if self.config.scan_sharing == "alternate" else [plan]
         for i, layer in enumerate(self.layers):
@@ -477,9 +479,16 @@ def _keep_known(image: Tensor, is_known: Tensor, source: Tensor | None) -> Tenso
     return torch.where(keep, source[:, :height, :width].to(image), image)
 
 
-def _row_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` (b, l) over each row's positions in `mask`; 0, with a gradient path, where it has none (b,)."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum(1) / mask.sum(1).clamp(min=1)
+def _row_means(values: Tensor, mask: Tensor, is_fill: Tensor | None = None) -> Tensor:
+    """Mean of `values` (b, l) over each row's positions in `mask`; 0, with a gradient path, where it has none (b,).
+
+    Those of them that are `is_fill` count together as one: else a short answer's own words would hardly count.
+    """
+    weight = mask.to(values.dtype)
+    if is_fill is not None:
+        fill = weight * is_fill
+        weight = weight - fill + fill / fill.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask, values * weight, torch.zeros_like(values)).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConversationMixin, MDMScoringMixin):
@@ -625,7 +634,7 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConv
         config, level = self.config, outputs.alpha_bar
         if config.diffusion_loss == "ddpm_epsilon":
             se = ddpm_epsilon_loss(predicted, outputs.noise, outputs.noisy_latents, level)
-            return _row_means(se, image_target), _row_means(se, text_target)
+            return _row_means(se, image_target), _row_means(se, text_target, self._is_fill(outputs.layout.input_ids))
         if config.diffusion_loss == "score_entropy_sampled":
             se = image_score_entropy_sampled(
                 outputs.latents,
@@ -643,4 +652,8 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConv
         vae = self.model.vae
         labels = torch.where(mask, input_ids, -100)
         entropy = chunked_text_score_entropy(vae.decode_tokens, latents.to(self.dtype), labels, vae.config.vocab_size)
-        return _row_means(entropy, mask)
+        return _row_means(entropy, mask, self._is_fill(input_ids))
+
+    def _is_fill(self, input_ids: Tensor) -> Tensor:
+        """Where a text is filled up, after its end or, with <s>, where it goes on in another block."""
+        return torch.isin(input_ids, torch.tensor(self.config.end_token_ids, device=input_ids.device))

@@ -24,7 +24,8 @@ from .digits import DigitsSource
 from .latent_cache import LatentCache
 from .mix import ConversationMix, StreamingMix
 from .readers import read_source
-from .recipe import OF_STAGE, stage_options
+from .muon import MuonWithAdamW, muon_for
+from .recipe import MUON, OF_STAGE, stage_options
 from .records import BadRow, with_images
 from .tokenizer import build_tokenizer
 
@@ -116,6 +117,7 @@ def make_config(recipe: dict, processor: MDMProcessor | None) -> MDMConfig:
     if source := recipe["model"].get("vae_from"):
         own, given = vars(config.vae_config), vars(MDMConfig.from_pretrained(source).vae_config)
         sizes = ("vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers")
+        sizes += ("num_encoder_layers",)
         if unlike := [name for name in sizes if own[name] != given[name]]:
             name = unlike[0]
             raise ValueError(
@@ -218,6 +220,8 @@ def make_eval_mix(recipe: dict, batch_size: int, processor: MDMProcessor) -> Con
 def make_arguments(recipe: dict, name: str, folder: Path) -> TrainingArguments:
     """A stage's TrainingArguments."""
     options = {k: v for k, v in stage_options(recipe, name).items() if k not in OF_STAGE}
+    if options.get("optim") == MUON:  # see `make_optimizer`
+        del options["optim"]
     if "report_to" not in options:
         options["report_to"] = "tensorboard" if is_tensorboard_available() else "none"
     options |= {key: "no" for key in STRATEGIES if options.get(key) is False}  # YAML reads `no` so
@@ -233,6 +237,13 @@ def make_arguments(recipe: dict, name: str, folder: Path) -> TrainingArguments:
         train_sampling_strategy="sequential",  # the mix draws at random itself: a resumed run sees the same data
         **options,
     )
+
+
+def make_optimizer(
+    model: MDMForMultiModalGeneration, recipe: dict, name: str, arguments: TrainingArguments
+) -> MuonWithAdamW | None:
+    """The optimiser of a stage, if it is one that the Trainer does not know."""
+    return muon_for(model, arguments) if stage_options(recipe, name).get("optim") == MUON else None
 
 
 def freeze(model: MDMForMultiModalGeneration, name: str, options: dict) -> MDMForMultiModalGeneration:

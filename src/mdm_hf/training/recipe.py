@@ -37,6 +37,7 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
 TOKENIZER = ("vocab_size", "max_texts")
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
 FREEZE = ("vae",)
+MUON = "muon"  # a value of `optim` that TrainingArguments do not know
 # What a stage takes from TrainingArguments unless the recipe says otherwise: AdamW without weight decay (Sec. 5.1).
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,

@@ -31,11 +31,12 @@ from .assembly import (
     make_eval_mix,
     make_mix,
     make_model,
+    make_optimizer,
     make_processor,
     make_sources,
 )
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
-from .recipe import STAGES, stage_options
+from .recipe import MUON, STAGES, stage_options
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
 
 
@@ -63,7 +64,7 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
     names = [name for name in STAGES if name in recipe["stages"]]
     training = [name for name in names if name != "tokenizer"]
     for name in training:  # with several processes, this is where they meet
-        check_arguments(name, make_arguments(recipe, name, root / name))
+        check_arguments(name, make_arguments(recipe, name, root / name), recipe["stages"][name].get("optim"))
     set_seed(recipe.get("seed", 0))
     on_main_process(partial(_prepare, recipe, root, names, resume))
     processor = make_processor(recipe)
@@ -149,7 +150,7 @@ def _check_same_run(recipe: dict, former: dict, root: Path, names: list[str]) ->
             )
 
 
-def check_arguments(name: str, arguments: TrainingArguments) -> None:
+def check_arguments(name: str, arguments: TrainingArguments, optim: str | None) -> None:
     """Raises ValueError for what the Trainer would refuse only once the stage begins."""
     try:
         get_reporting_integration_callbacks(arguments.report_to)
@@ -159,6 +160,11 @@ def check_arguments(name: str, arguments: TrainingArguments) -> None:
         raise ValueError(
             f"Got stages.{name}.fsdp on one process; need several to shard over; start with torchrun "
             "--nproc_per_node N -m mdm_hf.cli train ..., or leave it out."
+        )
+    if arguments.fsdp and optim == MUON:
+        raise ValueError(
+            f"Got stages.{name}.optim {MUON} with fsdp, whose shards it cannot make orthogonal; need whole matrices; "
+            "leave out one of the two."
         )
 
 
@@ -223,6 +229,7 @@ def _train(
         eval_dataset=make_eval_mix(recipe, arguments.per_device_eval_batch_size, processor),
         data_collator=ConversationCollator(processor),
         callbacks=[ema, SampleGridCallback(draw, ema, options["sample_every"])],
+        optimizers=(make_optimizer(model, recipe, name, arguments), None),
     )
     trainer.train(resume_from_checkpoint=resume)
     for source, bad in mix.report().items():

@@ -1,0 +1,78 @@
+"""Muon for the weight matrices of the blocks, AdamW for all else, as one optimiser.
+
+Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it is applied: no direction of the update
+outweighs the others, however seldom the data ask for it. The step of a matrix has the root mean square of AdamW's (Liu
+et al. 2025), so that one learning rate serves both. docs/training.md has what it gains.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import TrainingArguments
+
+from ..modeling_mdm_block import MDMLayer
+
+
+class MuonWithAdamW(Optimizer):
+    """Two optimisers over the same groups and states as this one's: schedules and checkpoints see one.
+
+    Args:
+        matrices: Parameters (m, n) for Muon.
+        others: Parameters for AdamW.
+        lr: Learning rate of both.
+        betas, eps: AdamW's.
+        weight_decay: Of both, decoupled.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Tensor],
+        others: list[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of `load_state_dict`, which puts other groups and states in the place of the old ones."""
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def muon_for(model: nn.Module, arguments: TrainingArguments) -> MuonWithAdamW:
+    """The optimiser of a model with the options that `arguments` have for AdamW. Muon takes the trained weights of the
+    linear projections in the blocks, of either backbone.
+
+    Raises:
+        ValueError: none of them is trained.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MDMLayer)]
+    linear = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    matrices = [module.weight for module in linear if module.weight.requires_grad]
+    if not matrices:
+        raise ValueError(
+            "Got a model with no trained block for muon; need a stage that trains the blocks; leave out `optim: muon`."
+        )
+    taken = {id(weight) for weight in matrices}
+    others = [one for one in model.parameters() if one.requires_grad and id(one) not in taken]
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return MuonWithAdamW(
+        matrices, others, arguments.learning_rate, betas, arguments.adam_epsilon, arguments.weight_decay
+    )
