@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import KINDS, batch, fixed_noise, tiny_config, tiny_model
+from tiny import CANVAS, KINDS, batch, fixed_noise, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
@@ -145,6 +145,42 @@ def test_total_loss_is_the_weighted_sum_of_its_parts():
     expected = out.loss_rec_image + out.loss_rec_text + 0.3 * out.loss_kl + 0.7 * se
     torch.testing.assert_close(out.loss, expected)
     assert all(part > 0 for part in (out.loss_rec_image, out.loss_rec_text, out.loss_kl, se))
+
+
+@pytest.mark.parametrize("ends", [[2, 2], [1, 1], [2, 2, 2]])
+def test_what_fills_a_text_up_counts_in_its_loss_as_one_word(ends):
+    model = tiny_model()
+    inputs = batch(["text", "caption"], is_training=True)
+    start = int((inputs["labels"][0] != -100).nonzero()[0])
+    for name in ("input_ids", "labels"):
+        inputs[name][0, start + CANVAS - len(ends) : start + CANVAS] = torch.tensor(ends)
+    labels = inputs["labels"][0]
+    out = model(**inputs, timesteps=timesteps_of(inputs), noise=fixed_noise(inputs))
+    is_own, is_end = labels >= 3, (labels >= 0) & (labels < 3)
+    entropy = -out.logits[0].double().log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    expected = (entropy[is_own].sum() + entropy[is_end].mean()) / (is_own.sum() + 1)
+    assert int(is_end.sum()) == len(ends)
+    assert out.row_losses[0, 4].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_blocks_see_the_mean_of_the_clean_latents_given_the_noisy_ones():
+    """For latents N(0, I), by regression; what is clean is left as it is."""
+    scaled, plain = tiny_model(), tiny_model(input_scaling="none")
+    inputs = batch(["both", "caption"], is_training=True)
+    fixed = {"timesteps": timesteps_of(inputs, 0.4), "noise": fixed_noise(inputs)}
+    outputs = scaled.model(**{k: v for k, v in inputs.items() if k != "labels"}, **fixed)
+    layout = outputs.layout
+    generator = torch.Generator().manual_seed(0)
+    level = outputs.alpha_bar[layout.is_target][0].double()
+    z_0, noise = torch.randn(2, 100_000, generator=generator, dtype=torch.float64)
+    z_t = level.sqrt() * z_0 + (1 - level).sqrt() * noise
+    slope = (z_0 * z_t).mean() / (z_t**2).mean()
+    seen = torch.where(layout.is_target[..., None], outputs.noisy_latents * slope, outputs.noisy_latents).float()
+    plan = plan_scans(plain.config, layout, image_of_each_row(layout))
+    hidden = plain.model.denoise(seen, layout, plan, fixed["timesteps"], inputs["class_ids"])
+    torch.testing.assert_close(outputs.last_hidden_state, hidden, atol=0.05, rtol=0.05)
+    unscaled = plain.model.denoise(outputs.noisy_latents, layout, plan, fixed["timesteps"], inputs["class_ids"])
+    assert (outputs.last_hidden_state - unscaled).abs().max() > 0.5
 
 
 def test_score_entropy_never_trains_the_encoder():

@@ -266,6 +266,18 @@ def test_a_stage_trains_in_bf16_or_with_checkpointing_and_keeps_its_weights_in_f
     assert steps["global_step"] == 3
 
 
+def test_a_run_with_muon_that_was_stopped_goes_on_to_the_same_weights(pictures, run, tmp_path):
+    changes = [f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae=", "stages.diffusion.optim=muon"]
+    whole = run_recipe(recipe(pictures, tmp_path / "whole", *changes, "stages.diffusion.max_steps=4"))
+    run_recipe(recipe(pictures, tmp_path / "run", *changes, "stages.diffusion.max_steps=2"))
+    gone_on = recipe(pictures, tmp_path / "run", *changes, "stages.diffusion.max_steps=4")
+    resumed = load_file(run_recipe(gone_on, resume=True) / "model.safetensors")
+    expected = load_file(whole / "model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
+    state = torch.load(tmp_path / "run" / "diffusion" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert {"momentum_buffer" in one for one in state.values()} == {True, False}
+
+
 def test_losses_on_eval_data_are_logged_and_do_not_change_the_run(pictures, run, tmp_path):
     def trained(folder, *changes):
         alone = [f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae="]
