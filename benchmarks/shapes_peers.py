@@ -1,6 +1,6 @@
-"""MDM beside its peers on every task of the shapes world: a Transformer in Mamba's place, and transfusion-pytorch.
+"""MDM beside its peers on every task of the shapes world: the variants of Table 3, and transfusion-pytorch.
 
-All three have the same conversations, seed, batches, tokens, VAE, parameters within 5%, and seconds of one CPU's time
+All have the same conversations, seed, batches, tokens, VAE, parameters within 5%, and seconds of one CPU's time
 to train in; the pace of each is measured in turns with MDM's, and its schedule ends with its budget. What to expect:
 rows of some fifty positions are where attention is cheap and a scan without kernels is not, so the Transformer takes
 more steps in the time; Transfusion writes token by token and learns texts from every position of each row at once,
@@ -14,6 +14,7 @@ where a diffusion learns them from one noise level a row.
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +28,18 @@ from mdm_hf.evaluation.reproduce import (
     for_steps,
     on_shared_vae,
     plot,
+    row_settings,
     scored,
     steps_within,
     table,
     trained,
+    with_rows,
 )
 from mdm_hf.evaluation.results import settings_hash
 from mdm_hf.evaluation.shapes import TASKS
 
 
 QUESTION = "MDM, the same with a Transformer, or Transfusion, in the same time with as many parameters?"
-MDMS = {
-    "MDM": EXPERIMENTS["table3"].variants["mamba 4+2"],
-    "Transformer": EXPERIMENTS["table3"].variants["transformer"],
-}
 TRANSFUSION = {"learning_rate": 5e-3, "depth": 2}
 
 
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=200, help="a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/reproduce"), help="keeps models and scores")
-    parser.add_argument("--output", type=Path, help="JSON; the table goes beside it")
+    parser.add_argument("--output", type=Path, help="JSON, the table beside it; rows that it has are not made again")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     tasks, sampling = TASKS, {}
@@ -79,21 +78,31 @@ def main() -> None:
             options.cpu_seconds, options.num_samples = 1, 65
             tasks, sampling = ("image_and_text",), {"num_inference_steps": 2}
         folder, scores = options.work_dir / "models", options.work_dir / "scores"
-        rest = tasks, scores, options.num_samples, options.seed
-        rows = []
-        for label, variant in MDMS.items():
+        output = options.output or options.work_dir / "peers.json"
+        rest = options.num_samples, options.seed
+
+        def mdm(variant: Variant) -> dict:
             where = trained(options.recipe, variant.changes, folder, options.cpu_seconds, options.seed)
-            rows.append({"variant": label} | scored(where, Variant(variant.changes, sampling), *rest))
+            return scored(where, variant, tasks, scores, *rest)
+
+        def peer(variant: Variant) -> dict:
+            where = transfusion(options.recipe, folder, options.cpu_seconds, options.seed)
+            return scored(where, variant, tasks, scores, *rest, load=TransfusionPipeline.from_pretrained)
+
+        wanted = {}
+        for label, one in EXPERIMENTS["table3"].variants.items():
+            variant = replace(one, sampling=sampling)
+            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest)
+            wanted[label] = settings, partial(mdm, variant)
         if Transfusion is None:
             print('Transfusion is left out: it needs pip install -c constraints.txt -e ".[baselines]"')
         else:
-            where = transfusion(options.recipe, folder, options.cpu_seconds, options.seed)
-            found = scored(where, Variant(sampling=sampling), *rest, load=TransfusionPipeline.from_pretrained)
-            rows.append({"variant": "Transfusion"} | found)
-        found = {"experiment": "peers", "question": QUESTION, "rows": rows}
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        options.output.with_suffix(".md").write_text(table(found), encoding="utf-8")
+            variant = Variant(sampling=sampling)
+            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest)
+            wanted["transfusion"] = settings | {"transfusion": TRANSFUSION}, partial(peer, variant)
+        found = with_rows({"experiment": "peers", "question": QUESTION}, wanted, output)
+        output.with_suffix(".md").write_text(table(found), encoding="utf-8")
+        rows = found["rows"]
     if options.plot:
         plot(found, options.plot)
     print(table(found))

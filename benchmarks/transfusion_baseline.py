@@ -37,13 +37,15 @@ from _transfusion import Sizes, Transfusion, TransfusionModel, image_parameters,
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.evaluation.pictures import picture_grid
 from mdm_hf.modeling_mdm_vae import MDMVAEModel
 from mdm_hf.training.assembly import make_config, make_mix, make_processor
-from mdm_hf.training.recipe import load_recipe, stage_options
+from mdm_hf.training.muon import muon_for
+from mdm_hf.training.recipe import MUON, load_recipe, stage_options
 from mdm_hf.training.trainer import ConversationCollator, keep_freed_memory
 
 
@@ -102,7 +104,10 @@ class _Run:
         self.model = TransfusionModel(sizes, processor, vae)
         self.net = self.model.net.train()
         betas = options.get("adam_beta1", 0.9), options.get("adam_beta2", 0.999)
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, betas=betas, weight_decay=0.0)
+        if options.get("optim") == MUON:
+            optimizer: Optimizer = muon_for(self.net, [self.net.transformer], lr, betas)
+        else:
+            optimizer = AdamW(self.net.parameters(), lr=lr, betas=betas, weight_decay=0.0)
         warmup = min(options.get("warmup_steps", 0), max_steps // 20)
         schedule = get_scheduler(options["lr_scheduler_type"], optimizer, warmup, max_steps)
         average = EMAModel(self.net.parameters(), decay=options["ema_decay"])

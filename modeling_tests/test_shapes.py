@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,8 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     said = table(found)
     assert said.count("\n| ") == 5
     assert "image and text" in said
+    shutil.rmtree(tmp_path / "models")
+    shutil.rmtree(tmp_path / "scores")
     monkeypatch.setattr(module, "run_recipe", None)  # nothing is trained again
     monkeypatch.setattr(module, "ShapesBenchmark", None)  # nor scored
     assert json.loads(json.dumps(reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT))) == kept

@@ -90,8 +90,8 @@ class MDMConfig(PreTrainedConfig):
             `"alternate"`: one direction per block, in turn.
         scan_directions: Number of image and of text orders: [4, 2] in the paper, [2, 1] in its ablation (Table 3).
         num_classes: Number of data categories; 0 for none.
-        input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t for
-            latents at unit scale, in which noise fades as it drowns the latent; or `"none"`, z_t itself.
+        input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t
+            for latents at unit scale, which fades as noise drowns the latent; or `"none"`, z_t itself.
         num_train_timesteps: T of the DDPM schedule (Eq. 1).
         beta_start, beta_end: Ends of the beta schedule.
         image_beta_schedule, text_beta_schedule: Beta schedule of each modality, by its name in diffusers.

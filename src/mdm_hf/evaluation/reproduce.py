@@ -5,14 +5,15 @@
   busy one, so a variant's pace is measured in turns with the plain recipe's, and its steps follow from the ratio.
 - The unified VAE is trained once and given to all of them.
 - What is trained or scored is kept in the output folder under its settings' hash: a command that was stopped goes on
-  where it was, and experiments share the variants that they have in common.
+  where it was, and experiments share the variants that they have in common. Of rows that NAME.json already has, not
+  even the models are needed: with that file an experiment goes on on another machine.
 """
 
 import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -139,19 +140,56 @@ def reproduce(
             f"Got a trained model, {model}, for {name}, whose variants differ in how they are trained; need solver or "
             "guidance with it; leave it out to train each variant."
         )
-    rows = []
+
+    def row(variant: Variant) -> dict:
+        where = Path(model) if model else trained(recipe, variant.changes, output / "models", cpu_seconds, seed)
+        return scored(where, variant, experiment.tasks, output / "scores", num_samples, seed)
+
+    wanted = {}
     for label, variant in experiment.variants.items():
-        folder = output / "models"
-        where = Path(model) if model else trained(recipe, variant.changes, folder, cpu_seconds, seed)
-        rows.append(
-            {"variant": label} | scored(where, variant, experiment.tasks, output / "scores", num_samples, seed)
-        )
-        logger.info(f"{name}, {label}: {rows[-1]['scores']}")
-    found = {"experiment": name, "question": experiment.question, "rows": rows}
-    (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        settings = row_settings(recipe, variant, experiment.tasks, cpu_seconds, num_samples, seed, model)
+        wanted[label] = settings, partial(row, variant)
+    found = with_rows({"experiment": name, "question": experiment.question}, wanted, output / f"{name}.json")
     (output / f"{name}.md").write_text(table(found), encoding="utf-8")
     plot(found, output / f"{name}.png")
     return found
+
+
+def row_settings(
+    recipe: str | Path,
+    variant: Variant,
+    tasks: tuple[str, ...],
+    cpu_seconds: float,
+    num_samples: int,
+    seed: int,
+    model: str | None = None,
+) -> dict:
+    """All that a row of a table depends on, but for the machine and its folders."""
+    training = load_recipe(recipe, [f"seed={seed}", *variant.changes]) | {"output_dir": ""}
+    how = {"recipe": training, "cpu_seconds": cpu_seconds} if model is None else {"model": model_id(model)}
+    sampling = {"sampling": variant.sampling, "solver": variant.solver}
+    return how | sampling | {"tasks": list(tasks), "num_samples": num_samples, "seed": seed}
+
+
+def with_rows(found: dict, wanted: Mapping[str, tuple[dict, Callable[[], dict]]], path: Path) -> dict:
+    """`found` with a row for each variant: that of the file `path` with the same settings, or a new one.
+
+    Args:
+        found: What else the results have.
+        wanted: The settings of each row, and how it is made, by the variants' names.
+        path: JSON, written anew after each row; rows of other settings are left in it until all are made.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    known, rows = {row["key"]: row for row in kept}, []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for label, (settings, make) in wanted.items():
+        key = settings_hash(settings)
+        rows.append((known.pop(key, None) or make()) | {"variant": label, "key": key})
+        logger.info(f"{label}: {rows[-1]['scores']}")
+        unfinished = len(rows) < len(wanted)
+        text = json.dumps(found | {"rows": rows + [*known.values()] * unfinished}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+    return found | {"rows": rows}
 
 
 def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seconds: float, seed: int) -> Path:

@@ -18,13 +18,14 @@ from transformers.integrations import is_tensorboard_available
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..image_processing_mdm import MDMImageProcessorPil
 from ..modeling_mdm import MDMForMultiModalGeneration
+from ..modeling_mdm_block import MDMLayer
 from ..processing_mdm import MDMProcessor
 from .blocks import split_text
 from .digits import DigitsSource
 from .latent_cache import LatentCache
 from .mix import ConversationMix, StreamingMix
-from .readers import read_source
 from .muon import MuonWithAdamW, muon_for
+from .readers import read_source
 from .recipe import MUON, OF_STAGE, stage_options
 from .records import BadRow, with_images
 from .tokenizer import build_tokenizer
@@ -116,8 +117,8 @@ def make_config(recipe: dict, processor: MDMProcessor | None) -> MDMConfig:
     config = MDMConfig.from_preset(name, **(classes | changes | {"vae_config": vae}))
     if source := recipe["model"].get("vae_from"):
         own, given = vars(config.vae_config), vars(MDMConfig.from_pretrained(source).vae_config)
-        sizes = ("vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers")
-        sizes += ("num_encoder_layers",)
+        sizes = ["vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers"]
+        sizes.append("num_encoder_layers")
         if unlike := [name for name in sizes if own[name] != given[name]]:
             name = unlike[0]
             raise ValueError(
@@ -243,7 +244,13 @@ def make_optimizer(
     model: MDMForMultiModalGeneration, recipe: dict, name: str, arguments: TrainingArguments
 ) -> MuonWithAdamW | None:
     """The optimiser of a stage, if it is one that the Trainer does not know."""
-    return muon_for(model, arguments) if stage_options(recipe, name).get("optim") == MUON else None
+    if stage_options(recipe, name).get("optim") != MUON:
+        return None
+    blocks = [module for module in model.modules() if isinstance(module, MDMLayer)]
+    betas = arguments.adam_beta1, arguments.adam_beta2
+    return muon_for(
+        model, blocks, arguments.learning_rate, betas, arguments.adam_epsilon, weight_decay=arguments.weight_decay
+    )
 
 
 def freeze(model: MDMForMultiModalGeneration, name: str, options: dict) -> MDMForMultiModalGeneration:

@@ -5,14 +5,11 @@ outweighs the others, however seldom the data ask for it. The step of a matrix h
 et al. 2025), so that one learning rate serves both. docs/training.md has what it gains.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import TrainingArguments
-
-from ..modeling_mdm_block import MDMLayer
 
 
 class MuonWithAdamW(Optimizer):
@@ -56,14 +53,19 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-def muon_for(model: nn.Module, arguments: TrainingArguments) -> MuonWithAdamW:
-    """The optimiser of a model with the options that `arguments` have for AdamW. Muon takes the trained weights of the
-    linear projections in the blocks, of either backbone.
+def muon_for(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> MuonWithAdamW:
+    """The optimiser of a model: Muon takes the trained weights of the linear projections in its `blocks`.
 
     Raises:
         ValueError: none of them is trained.
     """
-    blocks = [module for module in model.modules() if isinstance(module, MDMLayer)]
     linear = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
     matrices = [module.weight for module in linear if module.weight.requires_grad]
     if not matrices:
@@ -72,7 +74,4 @@ def muon_for(model: nn.Module, arguments: TrainingArguments) -> MuonWithAdamW:
         )
     taken = {id(weight) for weight in matrices}
     others = [one for one in model.parameters() if one.requires_grad and id(one) not in taken]
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return MuonWithAdamW(
-        matrices, others, arguments.learning_rate, betas, arguments.adam_epsilon, arguments.weight_decay
-    )
+    return MuonWithAdamW(matrices, others, lr, betas, eps, weight_decay)
