@@ -214,6 +214,17 @@ def test_a_long_text_ends_with_its_last_token_and_may_end_in_an_empty_block(pipe
         chat.write(max_new_tokens=0)
 
 
+def test_a_long_text_has_at_least_its_fewest_tokens() -> None:
+    pipe = MDMPipeline.from_pretrained(CARD, device="cpu")
+    options = {"text": "which digit is this?", "max_new_tokens": 40, "seed": 0, "num_inference_steps": 4}
+    numbers = []
+    for least in (0, 40):
+        text = pipe.chat().write(min_new_tokens=least, **options)
+        numbers.append(len(pipe.processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
+    assert numbers[0] < 20
+    assert numbers[1] >= 36  # pieces on either side of a block's end may come together
+
+
 def test_what_the_user_said_is_remembered_where_the_answer_is_empty(pipe, monkeypatch) -> None:
     chat, blocks = pipe.chat(), blocks_of(pipe, "")
     monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))

@@ -224,6 +224,19 @@ def test_generated_text_holds_no_control_token():
     assert bool(((written >= 17) | (written <= 3) & (written >= 1)).all())
 
 
+def test_no_text_ends_before_it_has_its_fewest_tokens():
+    model, inputs = tiny_model(), batch(["caption"] * 8)
+    decoder = model.model.vae.token_head
+    decoder.bias.data[2] += 2.0  # so that about half of all tokens would be </s>
+    options = {"generator": generators(range(8)), "num_inference_steps": 3}
+    is_text = inputs["input_ids"][0] == 13
+    free = model.generate(**inputs, **options).sequences[:, is_text]
+    assert bool((free[:, :3] == 2).any())
+    kept = model.generate(**inputs, min_new_tokens=3, **options | {"generator": generators(range(8))}).sequences
+    assert not bool((kept[:, is_text][:, :3] == 2).any())
+    assert bool((kept[:, is_text][:, 3:] == 2).any())
+
+
 def test_every_row_gets_its_images_and_only_those():
     out = tiny_model().generate(**batch(KINDS), num_inference_steps=2)
     assert [len(images) for images in out.images] == [1, 1, 0, 1, 0]

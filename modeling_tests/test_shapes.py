@@ -217,6 +217,11 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     kept = json.loads((tmp_path / "vae.json").read_text())
     assert kept == json.loads(json.dumps(found))
     assert (tmp_path / "vae.png").stat().st_size > 1000
+    [*sheets] = {row["examples"] for row in kept["rows"]}
+    assert len(sheets) == 4
+    for sheet in sheets:
+        with Image.open(tmp_path / sheet) as picture:
+            assert picture.width > 8 * 96
     said = table(found)
     assert said.count("\n| ") == 5
     assert "image and text" in said

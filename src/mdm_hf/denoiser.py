@@ -109,7 +109,7 @@ class Denoiser:
         new = mask.gather(1, index) & self.layout.is_target
         text = new & self.layout.is_text
         if input_ids is None:
-            tokens = model.likeliest_tokens(z_0[text], self.layout.precedes_known_text[text])
+            tokens = model.likeliest_tokens(z_0[text], self.layout.must_be_word[text])
         else:
             tokens = input_ids.gather(1, index)[text]
         row, place = text.nonzero(as_tuple=True)

@@ -86,6 +86,7 @@ class MDMDialogue:
         images: Any = None,
         *,
         max_new_tokens: int = 1024,
+        min_new_tokens: int = 0,
         block_size: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
@@ -99,6 +100,7 @@ class MDMDialogue:
         Args:
             text, images: What the user says; nothing, for the assistant to go on.
             max_new_tokens: Most tokens of the answer.
+            min_new_tokens: Fewest; only a stop string can end it before.
             block_size: Most tokens of a block; the processor's `max_new_tokens` if None.
             stop_strings: The answer ends after the first of them.
             streamer: One of transformers' streamers: its `put` gets the tokens of each block, then `end` is called.
@@ -110,12 +112,13 @@ class MDMDialogue:
         processor = self.pipe.processor
         size = processor.max_new_tokens if block_size is None else whole_number("block_size", block_size)
         left = whole_number("max_new_tokens", max_new_tokens)
+        due = whole_number("min_new_tokens", min_new_tokens, least=0)
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         first = int(torch.randint(2**31, ()).item()) if seed is None else seed
         said, written = processor.as_messages(text, images), ""
         for number in count():
             canvas = min(size, left)
-            out = self._generate(said, "text", first + number, max_new_tokens=canvas, **options)
+            out = self._generate(said, "text", first + number, max_new_tokens=canvas, min_new_tokens=due, **options)
             [block] = self.pipe.postprocess(out)[0]["text"]
             whole = f"{written} {block}".strip()
             ends = [
@@ -124,8 +127,9 @@ class MDMDialogue:
             if ends:
                 whole = whole[: min(ends)]
                 block = whole[len(written) :].strip()
-            is_over = bool(ends) or not processor.continues(out.sequences[0])
             ids = processor.tokenizer(block, add_special_tokens=False)["input_ids"]
+            due = max(0, due - len(ids))
+            is_over = bool(ends) or (due == 0 and not processor.continues(out.sequences[0]))
             if streamer is not None and ids:
                 streamer.put(torch.tensor(ids))
             answer = [{"role": "assistant", "content": [{"type": "text", "text": block}]}] if block else []

@@ -49,6 +49,7 @@ SAMPLING_OPTIONS = (
     "text_temperature",
     "modality_lag",
     "strength",
+    "min_new_tokens",
     "selection_tolerance",
     "use_cache",
 )
@@ -71,6 +72,7 @@ class MDMGenerationConfig(GenerationConfig):
         strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
             it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
             network calls.
+        min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, joined to the conditions and skipped, so that later network calls cost less. None is off.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
@@ -86,6 +88,7 @@ class MDMGenerationConfig(GenerationConfig):
         self.text_temperature = kwargs.pop("text_temperature", 1.0)
         self.modality_lag = kwargs.pop("modality_lag", 1.0)
         self.strength = kwargs.pop("strength", 1.0)
+        self.min_new_tokens = kwargs.pop("min_new_tokens", 0)
         self.selection_tolerance = kwargs.pop("selection_tolerance", None)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
@@ -118,6 +121,9 @@ class MDMGenerationConfig(GenerationConfig):
         strength = self.strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
+        least = self.min_new_tokens
+        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+            raise ValueError(f"`min_new_tokens` is {least!r}; it must be a whole number, 0 or more.")
         tolerance = self.selection_tolerance
         if tolerance is not None:
             if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1e9:
@@ -309,6 +315,7 @@ class MDMGenerationMixin:
         input_ids = input_ids.long()
         layout = self.model.layout(input_ids, *fixed)
         check_targets(layout, generation_mode)
+        layout.must_be_word |= layout.is_target & layout.is_text & (layout.offset <= config.min_new_tokens)
         if config.strength < 1:
             check_known_targets(self.config, layout, "strength", config.strength)
         generators = as_generators(generator, len(input_ids))
@@ -419,7 +426,7 @@ class MDMGenerationMixin:
         sequences = input_ids.clone()
         text = layout.is_target & layout.is_text
         if bool(text.any()):
-            sequences[text] = self.likeliest_tokens(latents[text], layout.precedes_known_text[text])
+            sequences[text] = self.likeliest_tokens(latents[text], layout.must_be_word[text])
             sequences = torch.where(view.said < 0, sequences, view.said)
         images: list[list[Tensor]] = [[] for _ in range(len(input_ids))]
         wanted = layout.is_target & layout.is_patch

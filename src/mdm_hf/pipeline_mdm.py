@@ -40,6 +40,7 @@ GENERATE_OPTIONS = (
     "text_temperature",
     "modality_lag",
     "strength",
+    "min_new_tokens",
     "selection_tolerance",
     "scheduler",
 )
@@ -184,7 +185,7 @@ class MDMPipeline(Pipeline):
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
             num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength,
-                selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
+                min_new_tokens, selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
 
         Returns:
             A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":

@@ -42,7 +42,7 @@ class SequenceLayout:
     image_index: Tensor  # which image of the batch, counted over all images
     known_index: Tensor  # which image of `pixel_values`
     level: Tensor
-    precedes_known_text: Tensor  # a target text token with a known one after it, so that the text cannot end here
+    must_be_word: Tensor  # a target text token before a known one, so that the text cannot end here
 
     def select(self, index: Tensor, is_real: Tensor) -> "SequenceLayout":
         """The layout of the positions `index` (b, m); those not `is_real` become padding."""
@@ -158,7 +158,7 @@ def build_layout(
         image_index=image_index,
         known_index=known_index,
         level=level,
-        precedes_known_text=is_text & is_target & _precedes(is_known_word, segment),
+        must_be_word=is_text & is_target & _precedes(is_known_word, segment),
     )
 
 

@@ -26,7 +26,7 @@ from ..pipeline_mdm import MDMPipeline
 from ..training.recipe import load_recipe
 from ..training.stages import run_recipe
 from .results import model_id, settings_hash
-from .shapes import TASKS, ShapesBenchmark
+from .shapes import TASKS, ShapesBenchmark, examples_sheet
 
 
 logger = logging.get_logger(__name__)
@@ -180,7 +180,7 @@ def with_rows(found: dict, wanted: Mapping[str, tuple[dict, Callable[[], dict]]]
         path: JSON, written anew after each row; rows of other settings are left in it until all are made.
     """
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    known, rows = {row["key"]: row for row in kept}, []
+    known, rows = {row.get("key"): row for row in kept}, []
     path.parent.mkdir(parents=True, exist_ok=True)
     for label, (settings, make) in wanted.items():
         key = settings_hash(settings)
@@ -289,8 +289,8 @@ def scored(
     seed: int,
     load: Callable[[Path], Any] = MDMPipeline.from_pretrained,
 ) -> dict:
-    """The result of the shapes benchmark, with what the model took to train; kept in `folder`. `load` makes a
-    pipeline of the model."""
+    """The result of the shapes benchmark, with what the model took to train; kept in `folder`, beside a picture of its
+    first examples. `load` makes a pipeline of the model."""
     facts = {"model": model_id(str(where)), "sampling": variant.sampling, "solver": variant.solver, "tasks": tasks}
     kept = folder / f"{settings_hash(facts | {'num_samples': num_samples, 'seed': seed})}.json"
     if kept.is_file():
@@ -301,11 +301,14 @@ def scored(
         options = dict(variant.solver)
         kind = DDPMScheduler if options.pop("ddpm", False) else type(pipe.scheduler or pipe.model.default_scheduler())
         pipe.scheduler = kind.from_config(pipe.model.default_scheduler().config, **options)
-    found = ShapesBenchmark(pipe, num_samples, variant.sampling, seed).run(tasks)
+    benchmark = ShapesBenchmark(pipe, num_samples, variant.sampling, seed)
+    found = benchmark.run(tasks)
     budget = Path(where) / "budget.json"
+    found["examples"] = f"scores/{kept.stem}.png"
     found["training"] = json.loads(budget.read_text()) if budget.is_file() else {}
     found["parameters"] = found["training"].get("parameters") or sum(p.numel() for p in pipe.model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
+    examples_sheet(benchmark.examples).save(kept.with_suffix(".png"))
     kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 

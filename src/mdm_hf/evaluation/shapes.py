@@ -24,6 +24,7 @@ from ..choice_scores import score_choices
 from ..pipeline_mdm import MDMPipeline
 from .captioning import cider
 from .image_quality import frechet_distance, inception_score, precision_and_recall
+from .pictures import picture_grid
 from .results import SAMPLING, bootstrap_interval, result
 from .shapes_classifier import FEATURES, ShapesClassifier
 from .shapes_judge import agree, describes, read_pictures, read_text, same_answer
@@ -207,6 +208,14 @@ class ShapesBenchmark:
 
     def _show(self, name: str, images: Sequence, texts: Sequence[str], right: Sequence[bool]) -> None:
         self.examples[name] = list(zip(images, texts, right, strict=True))[:16]
+
+
+def examples_sheet(examples: dict[str, list[tuple[Image.Image | None, str, bool]]], columns: int = 8) -> Image.Image:
+    """The first of each task that made or saw pictures: one row each, with what was asked or said and "+" if right."""
+    shown = {name: rows[:columns] for name, rows in examples.items() if rows[0][0] is not None}
+    cells = [(image, f"{'+' if right else '-'} {text}") for rows in shown.values() for image, text, right in rows]
+    names = {row: name.replace("_", " ") for row, name in enumerate(shown)}
+    return picture_grid(cells, columns, caption_lines=5, headings=names)
 
 
 def run(options) -> dict:
