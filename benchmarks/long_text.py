@@ -1,11 +1,11 @@
 """Does a long text take more memory than a short one?
 
-The physics: MDM writes block by block. A block's targets, some ten positions here, are all that a network call holds,
-and what was written before is a state of fixed size, kilobytes a layer, whatever the length. A Transformer that writes
-token by token keeps the keys and values of all of them: 2 x layers x width numbers a token, 64 MiB at 16,384 tokens for
-4 layers of width 128. So MDM's peak should be the same at 1,024 and 16,384 tokens, and that of transformers' Llama
-should grow by its cache. Measured is the most resident memory beyond model and inputs, in a process of its own that
-has written 64 tokens before: what any network call allocates is there already.
+The physics: MDM writes block by block. A block's targets, some ten positions here, are all that a network call
+holds, and what was written before is a state of fixed size, kilobytes a layer, whatever the length. A Transformer that
+writes token by token keeps the keys and values of all of them: 2 x layers x width numbers a token, 64 MiB at 16,384
+tokens for 4 layers of width 128. So MDM's peak should be the same at 1,024 and 16,384 tokens, and that of the Llama of
+transformers should grow by its cache. Measured is the most resident memory beyond model and inputs, in a process of
+its own that has written 64 tokens before: what any network call allocates is there already.
 
     python benchmarks/long_text.py --small
     python benchmarks/long_text.py --output docs/long_text.json --plot docs/images/long_text.png

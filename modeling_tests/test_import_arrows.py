@@ -65,12 +65,13 @@ ARROWS: dict[str, set[str]] = {
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
     "conversation_state": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
+    "modality_gate": CONFIGURATION | LAYOUT,
     "modeling_mdm_attention": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
     "modeling_mdm": CONFIGURATION
     | OPS
     | LAYOUT
     | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention"}
-    | {"conversation_state", "pixel_autoencoder", "scoring_mdm"},
+    | {"conversation_state", "modality_gate", "pixel_autoencoder", "scoring_mdm"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "conversations": set(),
@@ -103,10 +104,11 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "recipe": {"records"},
     "memory": set(),
     "muon": set(),
+    "gate": set(),
     "trainer": {"measures"},
     "pictures": {"mix"},
     "assembly": {"blocks", "records", "latent_cache", "readers", "mix", "digits", "tokenizer", "recipe", "muon"},
-    "stages": {"recipe", "assembly", "trainer", "pictures"},
+    "stages": {"recipe", "assembly", "gate", "trainer", "pictures"},
     "dry_run": {"memory", "recipe", "trainer", "pictures", "assembly"},
 }
 NEEDS_NO_MODEL = {"records", "adapters", "readers", "mix", "digits"}  # a DataLoader's worker imports these

@@ -92,6 +92,7 @@ class MDMConfig(PreTrainedConfig):
         num_classes: Number of data categories; 0 for none.
         input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t
             for latents at unit scale, which fades as noise drowns the latent; or `"none"`, z_t itself.
+        modality_gate: Whether there is one, which `generate="auto"` of a pipeline asks what a prompt calls for.
         num_train_timesteps: T of the DDPM schedule (Eq. 1).
         beta_start, beta_end: Ends of the beta schedule.
         image_beta_schedule, text_beta_schedule: Beta schedule of each modality, by its name in diffusers.
@@ -144,6 +145,7 @@ class MDMConfig(PreTrainedConfig):
     scan_directions: list[int] | tuple[int, ...] = (4, 2)
     num_classes: int = 0
     input_scaling: Literal["none", "posterior_mean"] = "posterior_mean"
+    modality_gate: bool = False
     num_train_timesteps: int = 1000
     beta_start: float | int = 1e-4
     beta_end: float | int = 2e-2

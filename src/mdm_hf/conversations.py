@@ -17,6 +17,7 @@ import torch
 
 
 MODALITIES = ("image", "text")
+AUTO = "auto"  # in place of them: the model decides
 ROLES = ("system", "user", "assistant")
 MEDIA_KEYS = ("image", "url", "path", "base64")
 NO_CLASS = -1

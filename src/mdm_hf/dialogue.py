@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .conversation_state import MDMConversationState
-from .conversations import as_modalities
+from .conversations import AUTO, MODALITIES, as_modalities
 from .prompts import whole_number
 
 
@@ -64,7 +64,7 @@ class MDMDialogue:
         Args:
             text, images: What the user says; nothing, for the assistant to go on.
             messages: Instead of the two: messages to be read before the answer, the system's for instance.
-            generate: "text", "image" or both.
+            generate: "text", "image" or both; "auto" for what the turn calls for, which a modality gate decides.
             seed, options: As in a call of the pipeline.
 
         Returns:
@@ -153,9 +153,12 @@ class MDMDialogue:
         return self.pipe.postprocess(self._generate(messages, generate, seed, **options))[0]
 
     def _generate(self, messages: list[dict], generate, seed: int | None, **options):
-        pipe = self.pipe
+        pipe, is_continued = self.pipe, self.state is not None
+        if generate == AUTO:
+            asked = pipe.processor.apply_chat_template(messages, generate=MODALITIES, is_continued=is_continued)
+            [generate] = pipe.model.predict_modalities(**asked.to(pipe.model.device), state=self.state)
         for_processor, for_generate = pipe._stages({"generate": as_modalities(generate)} | options)
-        inputs = pipe.processor.apply_chat_template(messages, is_continued=self.state is not None, **for_processor)
+        inputs = pipe.processor.apply_chat_template(messages, is_continued=is_continued, **for_processor)
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         return pipe.model.generate(

@@ -247,7 +247,7 @@ class MDMGenerationMixin:
         repository = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
         saved_with = getattr(self.config, "saved_with", ())
         if generation_config is not None:
-            self.generation_config = MDMGenerationConfig(**_sampling_options(generation_config))
+            self.generation_config = MDMGenerationConfig(**sampling_options(generation_config))
         elif path is not None:
             saved = read_json(path, GENERATION_CONFIG, is_needed=GENERATION_CONFIG in saved_with, **repository)
             if saved is None:
@@ -367,7 +367,7 @@ class MDMGenerationMixin:
                 f"Got max_new_tokens={given['max_new_tokens']}; a text is as long as its canvas in the inputs; give "
                 "it to the processor instead, in transformers' pipelines as processor_kwargs={'max_new_tokens': n}."
             )
-        sampling, most = MDMGenerationConfig(**(_sampling_options(base) | given)), self.config.num_train_timesteps
+        sampling, most = MDMGenerationConfig(**(sampling_options(base) | given)), self.config.num_train_timesteps
         if sampling.num_inference_steps > most:
             raise ValueError(
                 f"`num_inference_steps` is {sampling.num_inference_steps}; it must be at most {most}, the steps of "
@@ -442,5 +442,5 @@ class MDMGenerationMixin:
         return MDMGenerateOutput(sequences=sequences, images=images, latents=latents)
 
 
-def _sampling_options(config) -> dict:
+def sampling_options(config) -> dict:
     return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}

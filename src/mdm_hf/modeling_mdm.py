@@ -27,6 +27,7 @@ from .configuration_mdm import MDMConfig
 from .conversation_state import MDMConversationMixin
 from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
+from .modality_gate import MDMModalityGateMixin
 from .modeling_mdm_attention import MDMAttentionBlock
 from .modeling_mdm_block import MDMBlock, MDMConditionCache, MDMLayer, MDMMixer, MDMRMSNorm, MDMSelectiveScan
 from .modeling_mdm_vae import MDMLatentPosterior, MDMVAEModel, patchify, reconstruction_loss
@@ -491,7 +492,9 @@ def _row_means(values: Tensor, mask: Tensor, is_fill: Tensor | None = None) -> T
     return torch.where(mask, values * weight, torch.zeros_like(values)).sum(1) / weight.sum(1).clamp(min=1)
 
 
-class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConversationMixin, MDMScoringMixin):
+class MDMForMultiModalGeneration(
+    MDMPreTrainedModel, MDMGenerationMixin, MDMConversationMixin, MDMModalityGateMixin, MDMScoringMixin
+):
     """MDM with its head: predicts the clean latents, computes L_total, generates and scores images and text."""
 
     output_modalities = ("image", "text")
@@ -503,6 +506,9 @@ class MDMForMultiModalGeneration(MDMPreTrainedModel, MDMGenerationMixin, MDMConv
         super().__init__(config)
         self.model = MDMModel(config)
         self.latent_head = nn.Linear(config.hidden_size, config.latent_size)
+        self.modality_gate = None
+        if config.modality_gate:  # fitted to a model that is trained, not trained with it
+            self.modality_gate = nn.Linear(config.hidden_size, 2).requires_grad_(False)
         self.post_init()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .checkpoints import ADAPTER_CONFIG, GENERATION_CONFIG, SOLVER, hub_options, read_json
 from .choice_scores import ChoiceScores, score_choices
 from .conversation_state import MDMConversationState
-from .conversations import MODALITIES, as_modalities
+from .conversations import AUTO, MODALITIES, as_modalities
 from .dialogue import MDMDialogue
 from .generation_mdm import MDMGenerationConfig
 from .modeling_mdm import MDMForMultiModalGeneration
@@ -180,7 +180,8 @@ class MDMPipeline(Pipeline):
                 differently in a batch of another size. None draws a seed at random.
             batch_size: Samples per `generate` call, 32 by default.
             callback_on_step_end: See [`MDMForMultiModalGeneration.generate`].
-            generate: "image", "text", or both, which is the default.
+            generate: "image", "text", or both, which is the default; "auto" for what each prompt calls for, which
+                a model with a modality gate decides.
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
@@ -239,6 +240,11 @@ class MDMPipeline(Pipeline):
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
                 "the pipeline itself."
             )
+        if for_processor["generate"] == AUTO:
+            raise ValueError(
+                "Got generate='auto' for a stream, whose samples are drawn in one batch; need the same of all; ask "
+                "`predict_modalities` first, or call the pipeline itself."
+            )
         first = _first_seed(seed)
 
         def draw(show: Callable[[list[dict]], None]):
@@ -260,6 +266,20 @@ class MDMPipeline(Pipeline):
         if isinstance(state, str | os.PathLike):
             return MDMDialogue.load(self, state)
         return MDMDialogue(self, state)
+
+    def predict_modalities(self, text=None, images=None, class_ids=None, messages=None) -> list[tuple[str, ...]]:
+        """What `generate="auto"` makes of each prompt: ("image",), ("text",) or ("image", "text").
+
+        Raises:
+            ValueError: the model has no modality gate; prompts as a call refuses them.
+        """
+        prompts = read_prompts(1, text=text, images=images, class_ids=class_ids, messages=messages, canvas=None)
+        for_processor, _ = self._stages({})
+        return self._decided(list(prompts), for_processor)
+
+    def _decided(self, batch: list[dict], for_processor: dict) -> list[tuple[str, ...]]:
+        inputs = self.preprocess(batch, **for_processor | {"generate": MODALITIES})
+        return self.model.predict_modalities(**inputs)
 
     def score_choices(
         self,
@@ -304,7 +324,8 @@ class MDMPipeline(Pipeline):
             )
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
         for_processor = self._preprocess_params | for_processor
-        for_processor["generate"] = as_modalities(for_processor.get("generate", MODALITIES))
+        generate = for_processor.get("generate", MODALITIES)
+        for_processor["generate"] = generate if generate == AUTO else as_modalities(generate)
         return for_processor, {"scheduler": self.scheduler} | self._forward_params | for_generate
 
     def _results(self, prompts, size: int, seed: int, for_processor: dict, for_generate: dict, callback):
@@ -323,8 +344,22 @@ class MDMPipeline(Pipeline):
     def _batch(self, batch: list[dict], seed: int, for_processor: dict, for_generate: dict) -> list[dict]:
         """One `generate` call: prompt i of the batch is drawn with seed + i."""
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
-        inputs = self.preprocess(batch, **for_processor)
-        return self.postprocess(self._forward(inputs, generator=generators, **for_generate))
+        return self._drawn(batch, generators, for_processor, for_generate)
+
+    def _drawn(self, batch: list[dict], generators: list, for_processor: dict, for_generate: dict) -> list[dict]:
+        """A sample of each prompt; where the model decides what to make, in one call for each decision."""
+        if for_processor["generate"] != AUTO or batch[0].get("canvas") is not None:
+            inputs = self.preprocess(batch, **for_processor)
+            return self.postprocess(self._forward(inputs, generator=generators, **for_generate))
+        wanted = self._decided(batch, for_processor)
+        results: list[dict] = [{}] * len(batch)
+        for modalities in dict.fromkeys(wanted):
+            rows = [i for i, one in enumerate(wanted) if one == modalities]
+            part, sources = [batch[i] for i in rows], [generators[i] for i in rows]
+            made = self._drawn(part, sources, for_processor | {"generate": modalities}, for_generate)
+            for i, result in zip(rows, made, strict=True):
+                results[i] = result
+        return results
 
     def preprocess(self, batch: list, **options):
         """Prompts -> model inputs."""

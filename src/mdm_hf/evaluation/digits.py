@@ -131,6 +131,16 @@ def evaluate_digits(
         "pixel_frechet_distance_of_training_images": round(floor, 4),
         "pixel_frechet_ratio": round(distance / floor, 3),
     }
+    if getattr(getattr(pipe, "model", None), "modality_gate", None) is not None:
+        kinds: list[tuple[dict, tuple[str, ...]]] = [
+            ({"class_ids": labels.tolist()}, ("image",)),
+            ({"text": [caption(int(d), rng) for d in labels]}, ("image",)),
+            ({"images": held}, ("text",)),
+            ({"images": held, "text": [question for question, _ in pairs]}, ("text",)),
+            ({"text": [None]}, ("image", "text")),
+        ]
+        decided = [(one, right) for given, right in kinds for one in pipe.predict_modalities(**given)]
+        scores["modalities_decided"] = share(one == right for one, right in decided)
     if hasattr(pipe, "model"):
         defaults = pipe.model.generation_config
         settings = {k: getattr(defaults, k) if v is None else v for k, v in settings.items()}

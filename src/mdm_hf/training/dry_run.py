@@ -13,7 +13,7 @@ from ..processing_mdm import MDMProcessor
 from .assembly import IMAGE_SIZE, freeze, make_arguments, make_config, make_mix, make_processor
 from .memory import TrainingEstimate, estimate_training, largest_batch
 from .pictures import LOOK_AT, some_examples
-from .recipe import STAGES, stage_options
+from .recipe import OF_FITTED, STAGES, stage_options
 from .trainer import ConversationCollator
 
 
@@ -30,7 +30,7 @@ def dry_run(recipe: dict) -> Iterator[tuple[str, TrainingEstimate]]:
     built = not isinstance(spec, dict) or (root / "processor").is_dir()
     processor = make_processor(recipe) if built else None
     for name in STAGES:
-        if name == "tokenizer" or name not in recipe["stages"]:
+        if name in OF_FITTED or name not in recipe["stages"]:
             continue
         arguments = make_arguments(recipe, name, root / name)
         config = _config_for_dry_run(recipe, processor)

@@ -27,14 +27,14 @@ from ..configuration_mdm import MDMConfig, MDMVAEConfig
 from .records import TASKS
 
 
-STAGES = ("tokenizer", "vae", "diffusion", "instruct")
+STAGES = ("tokenizer", "vae", "diffusion", "instruct", "gate")
 TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
 MODEL = ("preset", "from", "vae_from", "config", "pixel_autoencoder")
 PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
     "max_new_tokens",
     "num_classes",
 )
-TOKENIZER = ("vocab_size", "max_texts")
+OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
 FREEZE = ("vae",)
 MUON = "muon"  # a value of `optim` that TrainingArguments do not know
@@ -145,6 +145,11 @@ def check_recipe(recipe: dict) -> None:
         _check_stage(name, stage, recipe["data"])
     if set(stages) == {"tokenizer"}:
         raise ValueError("Got a recipe with a tokenizer stage alone; need one that trains the model too.")
+    if "gate" in stages and not set(stages) - set(OF_FITTED) and "from" not in model:
+        raise ValueError(
+            "Got a recipe with a gate stage, and no model that is trained; need one to fit the gate to; name it as "
+            "model.from, or add a diffusion stage."
+        )
 
 
 def _check_processor(spec: dict) -> None:
@@ -161,8 +166,8 @@ def _check_stage(name: str, stage: Any, data: dict) -> None:
     where = f"stages.{name}"
     _typed(where, stage, dict, "keys under it, max_steps first of all")
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.name not in OURS}
-    _known(where, stage, TOKENIZER if name == "tokenizer" else (*OF_STAGE, *sorted(fields)))
-    needed = "vocab_size" if name == "tokenizer" else "max_steps"
+    _known(where, stage, OF_FITTED.get(name, (*OF_STAGE, *sorted(fields))))
+    needed = OF_FITTED[name][0] if name in OF_FITTED else "max_steps"
     for key in (needed, "max_texts", "sample_every", "length_groups", "shuffle_buffer", "per_device_train_batch_size"):
         if key in stage or key == needed:
             _typed(f"{where}.{key}", stage.get(key), int, "a whole number of at least 1", least=1)

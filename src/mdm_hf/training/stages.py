@@ -1,4 +1,4 @@
-"""A recipe's stages, run one after the other: tokenizer, VAE, diffusion, instruct. Each can be resumed.
+"""A recipe's stages, run one after the other: tokenizer, VAE, diffusion, instruct, gate. Each can be resumed.
 
 output_dir/recipe.yaml   the recipe as it was run
 output_dir/processor/    of the tokenizer stage
@@ -11,16 +11,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_mdm import MDMConfig
-from ..generation_mdm import MDMGenerationConfig
+from ..generation_mdm import MDMGenerationConfig, sampling_options
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
@@ -35,12 +37,14 @@ from .assembly import (
     make_processor,
     make_sources,
 )
+from .gate import HELD_OUT, fit_gate
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
-from .recipe import MUON, STAGES, stage_options
+from .recipe import MUON, OF_FITTED, STAGES, stage_options
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
 
 
 logger = logging.get_logger(__name__)
+GATE_BATCH = 64  # conversations that are read at once
 
 
 def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -> Path:
@@ -62,7 +66,7 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
     keep_freed_memory()
     root = Path(recipe["output_dir"])
     names = [name for name in STAGES if name in recipe["stages"]]
-    training = [name for name in names if name != "tokenizer"]
+    training = [name for name in names if name not in OF_FITTED]
     for name in training:  # with several processes, this is where they meet
         check_arguments(name, make_arguments(recipe, name, root / name), recipe["stages"][name].get("optim"))
     set_seed(recipe.get("seed", 0))
@@ -71,13 +75,15 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
     previous = recipe["model"].get("from")
     for name in training:
         folder = root / name
-        target = root / "final" if name == names[-1] else folder / "final"
+        target = root / "final" if name == training[-1] else folder / "final"
         if _is_finished(target, folder, recipe["stages"][name]["max_steps"]):
             logger.warning(f"Stage {name} is finished: {target}.")
         else:
             model = make_model(recipe, processor, previous)
             _train(name, recipe, model, processor, folder, target, resume, draw)
         previous = target
+    if "gate" in names:
+        on_main_process(partial(_fit_gate, recipe, processor, previous, root / "final"))
     return root / "final"
 
 
@@ -116,7 +122,7 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
     if not isinstance(recipe["processor"], dict) or (root / "processor").is_dir():
         processor = make_processor(recipe)
         for name in names:
-            if name != "tokenizer":
+            if name not in OF_FITTED:
                 make_mix(recipe, name, 1, 1, processor)
         make_eval_mix(recipe, 1, processor)
         for key in {"from", "vae_from"} & set(recipe["model"]):
@@ -139,7 +145,7 @@ def _check_same_run(recipe: dict, former: dict, root: Path, names: list[str]) ->
                 f"Got {key} {recipe.get(key)!r} to resume a run with {former.get(key)!r}; need the same; start "
                 "another run with another output_dir."
             )
-    training = [name for name in names if name != "tokenizer"]
+    training = [name for name in names if name not in OF_FITTED]
     for i, name in enumerate(training[:-1]):
         later = [one for one in training[i + 1 :] if (root / one).is_dir()]
         steps = recipe["stages"][name]["max_steps"]
@@ -241,6 +247,21 @@ def _train(
         whole.config.diffusion_weight = diffusion_weight
         publish(whole, processor, target, recipe.get("generation") or {})
     trainer.accelerator.wait_for_everyone()
+
+
+def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, target: Path) -> None:
+    """Gives the model of `previous` a gate and writes it to `target`, where it may be already."""
+    if target.is_dir() and MDMConfig.from_pretrained(target).modality_gate:
+        logger.warning(f"Stage gate is finished: {target}.")
+        return
+    model = MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, modality_gate=True).eval()
+    generation = model.generation_config
+    number = recipe["stages"]["gate"]["num_samples"]
+    mix = make_mix(recipe, "gate", number, GATE_BATCH, processor)
+    batches = DataLoader(mix, batch_size=GATE_BATCH, collate_fn=ConversationCollator(processor))
+    right = fit_gate(model, logging.tqdm(batches, desc="Reading conversations"))
+    print(f"The gate decides {right:.1%} of {number // HELD_OUT} held-out conversations right.")
+    publish(model, processor, target, recipe.get("generation") or sampling_options(generation))
 
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path, generation: dict) -> None:
