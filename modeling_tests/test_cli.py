@@ -34,6 +34,17 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
     assert Image.open(output).size[0] > 200
 
 
+def test_generate_auto_makes_what_the_prompt_calls_for(tmp_path, capsys):
+    output, options = tmp_path / "three.png", ["--steps", "3", "--seed", "0"]
+    drawn = ["generate", "--generate", "auto", "--text", "a handwritten three", "--output", str(output), *options]
+    assert main(drawn) == 0
+    assert capsys.readouterr().out == f"Wrote {output.resolve()}.\n"
+    assert main(["generate", "--generate", "auto", "--image", str(output), *options]) == 0
+    said = capsys.readouterr().out
+    assert said.strip()
+    assert "Wrote" not in said
+
+
 def test_generate_changes_what_a_mask_marks(tmp_path):
     given, output = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8), tmp_path / "out.png"
     Image.fromarray(given).save(tmp_path / "given.png")

@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--generate",
         nargs="+",
-        choices=("image", "text"),
-        help="what to make (default: text if there is an --image, else both)",
+        choices=("image", "text", "auto"),
+        help="what to make, or let the model decide (default: text if there is an --image, else both)",
     )
     generate.add_argument("--num-samples", type=_count, default=1, help="samples (default: %(default)s)")
     generate.add_argument("--steps", type=int, help="solver steps of each modality (default: the model's)")
@@ -241,7 +241,9 @@ def _generate(options) -> None:
     from . import MDMPipeline
     from .evaluation.pictures import picture_grid
 
-    wanted: tuple[str, ...] | None = tuple(options.generate or (("text",) if options.image else ("image", "text")))
+    wanted = options.generate or (("text",) if options.image else ("image", "text"))
+    if options.generate == ["auto"]:
+        wanted = "auto"
     canvas = None
     if options.canvas is not None:
         canvas = {"type": "image", "image": options.canvas}
@@ -269,8 +271,7 @@ def _generate(options) -> None:
     )
     for result in results:
         print(*result["text"], sep="\n")
-    if canvas is not None or "image" in wanted:
-        cells = [(image, " ".join(r["text"])) for r in results for image in r["images"]]
+    if cells := [(image, " ".join(r["text"])) for r in results for image in r["images"]]:
         picture_grid(cells, columns=min(10, len(cells))).save(options.output)
         print(f"Wrote {options.output.resolve()}.")
 
