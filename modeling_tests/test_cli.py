@@ -36,10 +36,21 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
 
 def test_generate_auto_makes_what_the_prompt_calls_for(tmp_path, capsys):
     output, options = tmp_path / "three.png", ["--steps", "3", "--seed", "0"]
-    drawn = ["generate", "--generate", "auto", "--text", "a handwritten three", "--output", str(output), *options]
+    drawn = [
+        "generate",
+        "--model",
+        CARD,
+        "--generate",
+        "auto",
+        "--text",
+        "a handwritten three",
+        "--output",
+        str(output),
+        *options,
+    ]
     assert main(drawn) == 0
     assert capsys.readouterr().out == f"Wrote {output.resolve()}.\n"
-    assert main(["generate", "--generate", "auto", "--image", str(output), *options]) == 0
+    assert main(["generate", "--model", CARD, "--generate", "auto", "--image", str(output), *options]) == 0
     said = capsys.readouterr().out
     assert said.strip()
     assert "Wrote" not in said

@@ -270,7 +270,8 @@ def _generate(options) -> None:
         seed=options.seed,
     )
     for result in results:
-        print(*result["text"], sep="\n")
+        for text in result["text"]:
+            print(text)
     if cells := [(image, " ".join(r["text"])) for r in results for image in r["images"]]:
         picture_grid(cells, columns=min(10, len(cells))).save(options.output)
         print(f"Wrote {options.output.resolve()}.")
