@@ -166,7 +166,7 @@ def row_settings(
 ) -> dict:
     """All that a row of a table depends on, but for the machine and its folders."""
     training = load_recipe(recipe, [f"seed={seed}", *variant.changes]) | {"output_dir": ""}
-    how = {"recipe": training, "cpu_seconds": cpu_seconds} if model is None else {"model": model_id(model)}
+    how = {"recipe": training, "cpu_seconds": float(cpu_seconds)} if model is None else {"model": model_id(model)}
     sampling = {"sampling": variant.sampling, "solver": variant.solver}
     return how | sampling | {"tasks": list(tasks), "num_samples": num_samples, "seed": seed}
 
@@ -199,7 +199,7 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
     """
     base = on_shared_vae(recipe, changes, folder, seed)
     settings = for_steps(base, Path(), 0)  # whatever number of steps the recipe itself asks for
-    target = folder / settings_hash({"recipe": settings, "cpu_seconds": cpu_seconds})
+    target = folder / settings_hash({"recipe": settings, "cpu_seconds": float(cpu_seconds)})
     if (target / "final").is_dir():
         return target / "final"
     budget = target.with_suffix(".json")
