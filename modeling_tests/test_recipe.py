@@ -84,7 +84,7 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.diffusion.seed=3", "Got the key 'seed' in stages.diffusion"),
         ("stages.diffusion.max_steps=0", "Got stages.diffusion.max_steps 0; need a whole number of at least 1"),
         ("stages.diffusion.max_steps=1.5", "need a whole number of at least 1"),
-        ("stages.diffusion.freeze=blocks", "Got stages.diffusion.freeze 'blocks'; need 'vae'"),
+        ("stages.diffusion.freeze=blocks", "Got stages.diffusion.freeze 'blocks'; need 'vae' or 'encoder'"),
         ("stages.diffusion.data=[other]", "Got stages.diffusion.data with other; the recipe has digits"),
         ("stages.tokenizer.vocab_size=300", "need both or neither; name a folder as 'processor'"),
         ("processor={patch_size: 2}", "need both or neither; name a folder as 'processor'"),

@@ -85,6 +85,19 @@ def test_the_vae_stage_trains_the_vae_alone_and_the_diffusion_stage_starts_from_
     assert log["global_step"] == 3
 
 
+def test_a_frozen_encoder_keeps_the_latents_while_the_decoder_learns(pictures, run, tmp_path):
+    start = [f"model={{from: {run / 'vae' / 'final'}}}", f"processor={run / 'processor'}", "stages.tokenizer="]
+    changes = [*start, "stages.vae=", "stages.diffusion.freeze=encoder"]
+    given = recipe(pictures, tmp_path / "run", *changes)
+    before = load_file(run / "vae" / "final" / "model.safetensors")
+    after = load_file(run_recipe(given) / "model.safetensors")
+    for name, weight in before.items():
+        part = name.removeprefix("model.vae.").split(".")[0]
+        is_kept = part in ("patch_embedding", "token_embedding", "encoder")
+        if is_kept or part in ("decoder", "pixel_head", "token_head"):
+            assert torch.equal(weight, after[name]) == is_kept, name
+
+
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, run):
     before = sorted(run.rglob("*"))
     with pytest.raises(ValueError, match=r"which holds final of an earlier run; need a new folder, or --resume"):

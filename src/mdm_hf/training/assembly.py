@@ -254,12 +254,16 @@ def make_optimizer(
 
 
 def freeze(model: MDMForMultiModalGeneration, name: str, options: dict) -> MDMForMultiModalGeneration:
-    """Leaves to train what a stage trains: the VAE alone, all, or all but the VAE."""
+    """Leaves to train what a stage trains: the VAE alone, all, or all but the VAE or its encoder."""
+    vae = model.model.vae
     if name == "vae":
         model.requires_grad_(False)
-        model.model.vae.requires_grad_(True)
+        vae.requires_grad_(True)
     elif options.get("freeze") == "vae":
-        model.model.vae.requires_grad_(False)
+        vae.requires_grad_(False)
+    elif options.get("freeze") == "encoder":
+        for part in (vae.patch_embedding, vae.token_embedding, vae.encoder):
+            part.requires_grad_(False)
     return model
 
 

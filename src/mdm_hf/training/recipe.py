@@ -36,7 +36,7 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
 )
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
-FREEZE = ("vae",)
+FREEZE = ("vae", "encoder")
 MUON = "muon"  # a value of `optim` that TrainingArguments do not know
 # What a stage takes from TrainingArguments unless the recipe says otherwise: AdamW without weight decay (Sec. 5.1).
 DEFAULTS: dict[str, Any] = {
@@ -179,7 +179,7 @@ def _check_stage(name: str, stage: Any, data: dict) -> None:
     if not 0 <= decay < 1:
         raise ValueError(f"Got {where}.ema_decay {decay}; need a number from 0 to below 1, such as 0.999.")
     if stage.get("freeze") not in (None, *FREEZE):
-        raise ValueError(f"Got {where}.freeze {stage['freeze']!r}; need 'vae', or leave it out.")
+        raise ValueError(f"Got {where}.freeze {stage['freeze']!r}; need 'vae' or 'encoder', or leave it out.")
     starts = _typed(f"{where}.task_starts", stage.get("task_starts") or {}, dict, "shares of the run by task")
     _known(f"{where}.task_starts", starts, TASKS)
     for task, share in starts.items():
