@@ -184,7 +184,7 @@ def train(
     save_every: int = 500,
     stop_after: int | None = None,
 ) -> dict:
-    """Trains a baseline on a recipe's conversations, with its batch, schedule, AdamW and average, and saves it.
+    """Trains a baseline on a recipe's conversations, with its batch, optimiser, schedule and average, and saves it.
 
     Step n sees the examples of the recipe's step n and draws from a seed of its own, so that a resumed run gives the
     same weights.

@@ -489,6 +489,7 @@ def test_generation_config_travels_with_the_model(tmp_path):
             "returned latents of shape (1, 7, 8); it must return None or {'latents': a tensor of shape (1, 8, 8)}",
         ),
         ({"callback_on_step_end": lambda *a: {"latents": a[-1]["latents"] * float("nan")}}, "The text latents decode"),
+        ({"min_new_tokens": -1}, "`min_new_tokens` is -1; it must be a whole number, 0 or more"),
         ({"target_mask": None}, "`target_mask` marks nothing to generate in row 0"),
         ({"labels": torch.zeros(1, 19)}, "`generate` got `labels`"),
         ({"scheduler": "ddim"}, "`scheduler` is 'ddim', which names no scheduler of diffusers"),

@@ -125,6 +125,8 @@ def test_what_cannot_be_decided_is_refused(pipe, tmp_path) -> None:
     with pytest.raises(ValueError, match="Got generate='auto' for a stream, .* ask `predict_modalities` first"):
         next(pipe.stream(text="a three", generate="auto"))
     changes = [f"output_dir={tmp_path}", "stages={gate: {num_samples: 10}}"]
+    with pytest.raises(ValueError, match="Got 3 conversations to fit a modality gate to; need at least 10"):
+        fit_gate(pipe.model, [pipe.processor(text=["a"] * 3, generate="text")])
     with pytest.raises(ValueError, match="Got a recipe with a gate stage, and no model that is trained; need one"):
         load_recipe(ROOT / "recipes" / "digits.yaml", changes)
 

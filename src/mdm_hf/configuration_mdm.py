@@ -33,9 +33,7 @@ class MDMVAEConfig(PreTrainedConfig):
             sequence.
         latent_size: Width of the latent space shared by both modalities.
         hidden_size: Width of the encoder and the decoder.
-        num_hidden_layers: Hidden layers of the decoder, and of the encoder unless `num_encoder_layers` says otherwise.
-        num_encoder_layers: Hidden layers of the encoder; with 0 of them latents are a linear map of patches and token
-            embeddings, which is easier to denoise and to read than what an MLP folds into as many dimensions.
+        num_hidden_layers: Hidden layers of the encoder, and of the decoder.
         initializer_range: Standard deviation of the token embeddings at initialisation.
     """
 
@@ -49,7 +47,6 @@ class MDMVAEConfig(PreTrainedConfig):
     latent_size: int = 64
     hidden_size: int = 512
     num_hidden_layers: int = 2
-    num_encoder_layers: int | None = None
     initializer_range: float | int = 1.0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -59,8 +56,6 @@ class MDMVAEConfig(PreTrainedConfig):
         _require_positive(
             self, "vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers"
         )
-        if self.num_encoder_layers is not None and self.num_encoder_layers < 0:
-            raise ValueError(f"`num_encoder_layers` is {self.num_encoder_layers}; it must be 0 (linear) or more.")
 
 
 @strict

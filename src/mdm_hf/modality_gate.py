@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_mdm import MDMConfig
+from .input_checks import check_inputs
 from .sequence_layout import pick, plan_scans, positions
 
 
@@ -18,7 +19,6 @@ class MDMModalityGateMixin:
 
     config: MDMConfig
     model: Any
-    dtype: torch.dtype
     modality_gate: nn.Linear | None  # (hidden_size) -> log-odds of an image and of a text
 
     @torch.no_grad()
@@ -34,7 +34,11 @@ class MDMModalityGateMixin:
         state=None,
     ) -> Tensor:
         """What the gate sees of each row, whatever its targets: (b, hidden_size). The arguments are `generate`'s."""
-        layout = self.model.layout(input_ids.long(), image_grid_hw, attention_mask, target_mask)
+        fixed = image_grid_hw, attention_mask, target_mask
+        check_inputs(self.config, input_ids, pixel_values, *fixed, class_ids, image_latents=image_latents)
+        if state is not None:
+            state.check(self.config, len(input_ids))
+        layout = self.model.layout(input_ids.long(), *fixed)
         images = self.model.known_images(layout, pixel_values, image_latents)
         latents = self.model.encode(layout, layout.input_ids, images).mean.float()
         index, is_real = positions(~layout.in_target_group & ~layout.is_padding)
@@ -53,7 +57,7 @@ class MDMModalityGateMixin:
             inputs: As of `generate`; what they target does not matter.
 
         Raises:
-            ValueError: the model has no gate.
+            ValueError: the model has no gate; inputs that do not fit together.
         """
         if self.modality_gate is None:
             raise ValueError(

@@ -102,8 +102,7 @@ class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
         patch_dim = config.num_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_dim, config.hidden_size)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = config.num_hidden_layers if config.num_encoder_layers is None else config.num_encoder_layers
-        self.encoder = _mlp(config.hidden_size, config.hidden_size, 2 * config.latent_size, layers)
+        self.encoder = _mlp(config.hidden_size, config.hidden_size, 2 * config.latent_size, config.num_hidden_layers)
         self.decoder = _mlp(config.latent_size, config.hidden_size, config.hidden_size, config.num_hidden_layers)
         self.pixel_head = nn.Linear(config.hidden_size, patch_dim)
         self.token_head = nn.Linear(config.hidden_size, config.vocab_size)

@@ -275,7 +275,10 @@ class MDMPipeline(Pipeline):
         """
         prompts = read_prompts(1, text=text, images=images, class_ids=class_ids, messages=messages, canvas=None)
         for_processor, _ = self._stages({})
-        return self._decided(list(prompts), for_processor)
+        prompts, decided = iter(prompts), []
+        while batch := list(islice(prompts, self._batch_size or 32)):
+            decided += self._decided(batch, for_processor)
+        return decided
 
     def _decided(self, batch: list[dict], for_processor: dict) -> list[tuple[str, ...]]:
         inputs = self.preprocess(batch, **for_processor | {"generate": MODALITIES})

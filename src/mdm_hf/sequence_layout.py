@@ -42,7 +42,7 @@ class SequenceLayout:
     image_index: Tensor  # which image of the batch, counted over all images
     known_index: Tensor  # which image of `pixel_values`
     level: Tensor
-    must_be_word: Tensor  # a target text token before a known one, so that the text cannot end here
+    must_be_word: Tensor  # a target text token at which its text cannot end: a known one follows in it
 
     def select(self, index: Tensor, is_real: Tensor) -> "SequenceLayout":
         """The layout of the positions `index` (b, m); those not `is_real` become padding."""

@@ -117,8 +117,7 @@ def make_config(recipe: dict, processor: MDMProcessor | None) -> MDMConfig:
     config = MDMConfig.from_preset(name, **(classes | changes | {"vae_config": vae}))
     if source := recipe["model"].get("vae_from"):
         own, given = vars(config.vae_config), vars(MDMConfig.from_pretrained(source).vae_config)
-        sizes = ["vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers"]
-        sizes.append("num_encoder_layers")
+        sizes = ("vocab_size", "num_channels", "patch_size", "latent_size", "hidden_size", "num_hidden_layers")
         if unlike := [name for name in sizes if own[name] != given[name]]:
             name = unlike[0]
             raise ValueError(

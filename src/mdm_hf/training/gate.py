@@ -36,8 +36,16 @@ def fit_gate(model: MDMForMultiModalGeneration, batches: Iterable[dict]) -> floa
     Args:
         model: With a gate.
         batches: Inputs of the model with targets.
+
+    Raises:
+        ValueError: too few conversations.
     """
     states, wanted = gate_examples(model, batches)
+    if len(states) < 2 * HELD_OUT:
+        raise ValueError(
+            f"Got {len(states)} conversations to fit a modality gate to; need at least {2 * HELD_OUT}, better 2,000; "
+            "raise stages.gate.num_samples."
+        )
     x, y = states.double(), wanted.double()
     is_held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
     mean, scale = x[~is_held_out].mean(0), x[~is_held_out].std(0).clamp(min=1e-6)
