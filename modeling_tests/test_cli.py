@@ -34,6 +34,15 @@ def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):
     assert Image.open(output).size[0] > 200
 
 
+def test_generate_takes_as_few_steps_as_will_do(tmp_path, capsys):
+    arguments = ["generate", "--model", CARD, "--generate", "image", "--text", "a three", "--seed", "0"]
+    assert main([*arguments, "--steps", "auto", "--output", str(tmp_path / "three.png")]) == 0
+    assert Image.open(tmp_path / "three.png").size[0] > 100
+    with pytest.raises(SystemExit):
+        main([*arguments, "--steps", "few"])
+    assert "got 'few'; need a whole number, 1 or more, or auto" in capsys.readouterr().err
+
+
 def test_generate_auto_makes_what_the_prompt_calls_for(tmp_path, capsys):
     output, options = tmp_path / "three.png", ["--steps", "3", "--seed", "0"]
     drawn = [

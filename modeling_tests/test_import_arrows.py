@@ -56,10 +56,11 @@ ARROWS: dict[str, set[str]] = {
     "checkpoints": set(),
     "prompts": set(),
     "solvers": CONFIGURATION | {"checkpoints"},
+    "step_calibration": CONFIGURATION | {"sequence_layout", "scan_switch"},
     "generation_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"checkpoints", "denoiser", "solvers"},  # called on self, so it never names the model
+    | {"checkpoints", "denoiser", "solvers", "step_calibration"},  # called on self, so it never names the model
     "denoiser": OPS | LAYOUT,
     "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},

@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what to make, or let the model decide (default: text if there is an --image, else both)",
     )
     generate.add_argument("--num-samples", type=_count, default=1, help="samples (default: %(default)s)")
-    generate.add_argument("--steps", type=int, help="solver steps of each modality (default: the model's)")
+    generate.add_argument(
+        "--steps", type=_steps, help="solver steps of each modality, or auto: as few as will do (default: the model's)"
+    )
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
@@ -212,6 +214,12 @@ def _count(given: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise argparse.ArgumentTypeError(f"got {given!r}; need a whole number, 1 or more")
     return int(given)
+
+
+def _steps(given: str) -> int | str:
+    if given != "auto" and not given.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"got {given!r}; need a whole number, 1 or more, or auto")
+    return given if given == "auto" else int(given)
 
 
 def _sample_count(given: str) -> int:

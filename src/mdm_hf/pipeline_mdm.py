@@ -35,6 +35,7 @@ TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows
 PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
 GENERATE_OPTIONS = (
     "num_inference_steps",
+    "step_tolerance",
     "guidance_scale",
     "text_guidance_scale",
     "text_temperature",
@@ -185,8 +186,9 @@ class MDMPipeline(Pipeline):
             image_size: (height, width) in pixels of the images to generate.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
-            num_inference_steps, guidance_scale, text_guidance_scale, text_temperature, modality_lag, strength,
-                min_new_tokens, selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
+            num_inference_steps, step_tolerance, guidance_scale, text_guidance_scale, text_temperature, modality_lag,
+                strength, min_new_tokens, selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where
+                None.
 
         Returns:
             A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":

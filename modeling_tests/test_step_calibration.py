@@ -1,0 +1,98 @@
+"""Claims about `num_inference_steps="auto"`: the fewest steps that make the samples of many, measured once a kind."""
+
+from unittest import mock
+
+import pytest
+import torch
+from tiny import KINDS, batch, generators, tiny_model
+
+from mdm_hf import MDMForMultiModalGeneration
+from mdm_hf.step_calibration import CANDIDATES, fewest_steps, first_rows
+
+
+ONE_TARGET = [torch.ones(1, 3, dtype=torch.bool)]
+
+
+def off_by(error: float):
+    """Latents whose error with n steps is `error / n**2` of their spread, and the numbers that were asked for."""
+    exact, away, asked = torch.randn(1, 3, 4).double(), torch.randn(1, 3, 4).double(), []
+    spread = (exact - exact.mean(1, keepdim=True)).square().sum().sqrt()
+    away = away / away.square().sum().sqrt() * spread
+
+    def draw(steps: int) -> torch.Tensor:
+        asked.append(steps)
+        return exact if steps == 50 else exact + away * error / steps**2
+
+    return draw, asked
+
+
+@pytest.mark.parametrize(("tolerance", "steps"), [(0.21, 10), (0.06, 20), (1.5, 4), (1e-4, 50)])
+def test_the_first_number_of_steps_within_the_tolerance_is_taken(tolerance, steps) -> None:
+    draw, asked = off_by(20)
+    found, errors = fewest_steps(draw, ONE_TARGET, tolerance)
+    assert found == steps
+    assert asked == [50, *(n for n in CANDIDATES if n <= steps)]
+    assert errors == pytest.approx({n: 20 / n**2 for n in asked[1:]})
+
+
+def test_the_worse_of_two_modalities_decides() -> None:
+    (fine, _), (coarse, _) = off_by(1), off_by(20)
+    masks = [torch.tensor([[True] * 3 + [False] * 3]), torch.tensor([[False] * 3 + [True] * 3])]
+    found, _ = fewest_steps(lambda steps: torch.cat([fine(steps), coarse(steps)], dim=1), masks, 0.21)
+    assert found == 10
+
+
+def test_no_candidate_beyond_the_most_is_tried() -> None:
+    draw, asked = off_by(20)
+    assert fewest_steps(draw, ONE_TARGET, 1e-9, most=8)[0] == 8
+    assert asked == [8, 4, 6]
+
+
+@pytest.mark.parametrize("count", [1, 4, len(KINDS)])
+def test_the_first_rows_of_a_batch_take_their_own_images_along(count) -> None:
+    model, names = tiny_model(), ("pixel_values", "image_grid_hw", "image_latents", "class_ids")
+    inputs = batch(KINDS)
+    layout = model.model.layout(inputs["input_ids"], *(inputs.get(k) for k in ("image_grid_hw", "attention_mask")))
+    rows = first_rows(layout, count, dict.fromkeys(names) | dict(inputs))
+    alone = model.generate(**rows, generator=generators(range(count)), num_inference_steps=2)
+    together = model.generate(**inputs, generator=generators(range(len(KINDS))), num_inference_steps=2)
+    assert alone.sequences.equal(together.sequences[:count])
+    torch.testing.assert_close(alone.latents, together.latents[:count], atol=3e-5, rtol=0)
+
+
+def test_auto_draws_what_its_number_of_steps_draws_and_measures_once_a_kind() -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    options = {"num_inference_steps": "auto", "step_tolerance": 0.3}
+    calls, generate = [], MDMForMultiModalGeneration.generate
+
+    def watch(self, *args, **kwargs):
+        calls.append(kwargs["num_inference_steps"])
+        return generate(self, *args, **kwargs)
+
+    with mock.patch.object(MDMForMultiModalGeneration, "generate", watch):
+        auto = model.generate(**inputs, generator=generators(range(len(KINDS))), **options)
+        [steps] = model.found_steps.values()
+        measured = ["auto", 50, *(n for n in CANDIDATES if n <= steps)]
+        assert calls == measured
+        model.generate(**inputs, generator=generators(range(len(KINDS))), **options)
+        assert calls == [*measured, "auto"]
+        model.generate(**inputs, **options | {"step_tolerance": 0.9})
+        model.generate(**inputs, **options, scheduler="DDIMScheduler")
+    assert len(model.found_steps) == 3
+    plain = model.generate(**inputs, generator=generators(range(len(KINDS))), num_inference_steps=steps)
+    assert auto.latents.equal(plain.latents)
+    assert auto.sequences.equal(plain.sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": "many"}, "`num_inference_steps` is 'many'; it must be a whole number, 1 or more, or"),
+        ({"step_tolerance": 0}, "`step_tolerance` is 0; it must be a number above 0"),
+        ({"step_tolerance": True}, "`step_tolerance` is True; it must be a number above 0"),
+        ({"step_tolerance": float("nan")}, "`step_tolerance` is nan; it must be a number above 0"),
+    ],
+)
+def test_steps_and_tolerances_that_are_none_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(**batch(KINDS), **options)
