@@ -13,7 +13,7 @@ from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, 
 from mdm_hf.denoiser import Denoiser
 from mdm_hf.noise_schedule import alpha_bar
 from mdm_hf.training.digits import DigitsSource
-from mdm_hf.training.gaps import drawn_box, drawn_span, with_gaps
+from mdm_hf.training.gaps import drawn_box, drawn_span, scattered_cells, scattered_words, with_gaps
 from mdm_hf.training.trainer import ConversationCollator
 
 
@@ -334,6 +334,19 @@ def test_drawn_boxes_and_spans_reach_all_of_a_picture_and_of_a_text() -> None:
     assert {start for start, _ in spans} == {0, 2, 8, 13}
     assert {end for _, end in spans} == {None, 1, 7, 12, 18}
     assert all(end is None or not set(text[start - 1 : start] + text[end : end + 1]) - {" "} for start, end in spans)
+
+
+def test_scattered_gaps_leave_any_share_of_a_picture_and_of_a_text() -> None:
+    rng, text = np.random.default_rng(0), "a small grey three"
+    masks = np.array([scattered_cells(rng) for _ in range(500)])
+    patches = masks.reshape(500, 4, 16, 4, 16).any((2, 4))
+    assert masks.any((1, 2)).all()
+    assert set(patches.sum((1, 2))) == set(range(1, 17))
+    assert (np.abs(patches.mean(0) - patches.mean()) < 0.08).all()
+    spans = [scattered_words(text, rng) for _ in range(500)]
+    assert {len(one) for one in spans} == {1, 2, 3, 4, 5}
+    assert {start for one in spans for start, _ in one} == {0, 2, 8, 13, 18}
+    assert {one[-1] for one in spans if one[-1][1] is None} == {(18, None)}
 
 
 def test_a_model_learns_from_targets_known_in_part(processor) -> None:

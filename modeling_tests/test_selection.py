@@ -55,6 +55,20 @@ def test_what_has_converged_is_seen_once_more_and_no_longer(guidance_scale, back
     assert passes[1:].equal(torch.stack(sum(wanted, [])))
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_modality_that_is_done_is_skipped_while_the_other_goes_on(guidance_scale) -> None:
+    model, inputs = tiny_model(), batch(["both"])
+    options = {"modality_lag": 1.0, "guidance_scale": guidance_scale}
+    plain, out = drawn(model, inputs, **options), drawn(model, inputs, selection_tolerance=0.0, **options)
+    text = (inputs["target_mask"] == 1) & (inputs["input_ids"] == model.config.text_target_token_id)
+    assert (out.frozen_at == torch.where(text, 5, -1)).all()
+    live = int(out.num_live[0])
+    assert out.num_live.flatten().tolist() == [live] * 6 + [live - int(text.sum())] * 6
+    assert out.sequences.equal(plain.sequences)  # the text was done before anything was skipped
+    assert out.latents[text].equal(model.model.vae.encode_tokens(out.sequences).mean[text])
+    assert not out.latents.equal(plain.latents)
+
+
 def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:
     model, inputs = tiny_model(), batch(KINDS)
     together = drawn(model, inputs, selection_tolerance=3.0)

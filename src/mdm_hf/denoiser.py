@@ -149,11 +149,14 @@ class Denoiser:
         """Freezes and joins the targets whose score has come to its fixed point, se = 0 up to the tolerance (Eq. 8).
 
         The fixed point of a text token is its likeliest token. That of a patch is where its prediction would come to
-        at alpha_bar = 1, if it went on as it did since the call before. Returns z (b, m, d).
+        at alpha_bar = 1, if it went on as it did since the call before. A modality that is done stands still, too,
+        while the other goes on. Returns z (b, m, d).
         """
-        moves = torch.zeros_like(self.layout.is_target)
+        moves, is_done = (torch.zeros_like(self.layout.is_target) for _ in range(2))
+        goes_on = step < max(track.last for track in tracks) - 1
         for track in tracks:
-            moves[track.at] = track.first <= step < track.last - 1  # in its last call a track is done anyway
+            moves[track.at] = track.first <= step < track.last - 1
+            is_done[track.at] = goes_on and step >= track.last - 1
         levels = [self.model.model.alpha_bar_at(self.layout, self._times(tracks, calls)) for calls in (step, step - 1)]
         entropy = torch.full(z.shape[:2], torch.inf, device=z.device)
         if self.before is not None:
@@ -164,9 +167,10 @@ class Denoiser:
             row, place = self.text
             entropy[row, self.live[row, place]] = text_score_entropy(self.logits, self.logits.argmax(-1))
         self.before = z_0
-        new = moves & self.layout.is_target & (entropy <= self.tolerance)
+        new = self.layout.is_target & (is_done | (moves & (entropy <= self.tolerance)))
         if not bool(new.any()):
             return z
+        z_0 = torch.where(is_done.unsqueeze(-1), z, z_0)
         row, place = new.nonzero(as_tuple=True)
         mask = torch.zeros_like(self.full_layout.is_target)
         mask[row, self.index[0][row, place]] = True

@@ -6,7 +6,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -198,6 +198,12 @@ def conversation(
     return {"messages": with_gaps([*messages, {"role": "assistant", "content": assistant}], rng, infill)}
 
 
+def mosaic(images: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
+    """Pictures of one size as one, row by row."""
+    cells = [np.asarray(image) for image in images]
+    return Image.fromarray(np.block([cells[row * columns : (row + 1) * columns] for row in range(rows)]))
+
+
 class DigitsSource:
     """Endless variations on the digits, for a [`ConversationMix`].
 
@@ -205,6 +211,8 @@ class DigitsSource:
         split: "train" or "heldout".
         tasks: Task -> weight; the weights need not sum to one.
         augment, condition_dropout, class_probability, infill: See [`conversation`].
+        mosaics: Rows and columns of digits, all of one kind, that a picture is made of; one of them is drawn for each
+            picture. None for single digits.
     """
 
     on_bad = "refuse"  # there are no bad digits
@@ -218,10 +226,16 @@ class DigitsSource:
         condition_dropout: float = 0.1,
         class_probability: float = 0.1,
         infill: float = 0.0,
+        mosaics: Sequence[Sequence[int]] | None = None,
     ):
         if unknown := sorted(set(tasks) - set(TASKS)):
             raise ValueError(f"Got task weights for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
+        if mosaics is not None and (not mosaics or any(len(one) != 2 or min(one) < 1 for one in mosaics)):
+            raise ValueError(
+                f"Got mosaics {mosaics!r}; need a list of [rows, columns], each 1 or more, such as [[2, 1]]."
+            )
         self.images, self.labels = load_digits_split(split)
+        self.mosaics = mosaics
         self.tasks = tasks
         self.options: dict[str, Any] = {
             "augment": augment,
@@ -246,4 +260,9 @@ class DigitsSource:
     def sample(self, index: int, task: str, rng: np.random.Generator) -> dict:
         """A conversation about a digit that `rng` chooses; `index` has no say: the shipped weights saw this stream."""
         which = int(rng.integers(len(self.images)))
-        return conversation(task, self.images[which], self.labels[which], rng, **self.options)
+        image, label = self.images[which], self.labels[which]
+        if self.mosaics is not None:
+            rows, columns = self.mosaics[int(rng.integers(len(self.mosaics)))]
+            alike = rng.choice(np.flatnonzero(self.labels == label), rows * columns)
+            image = mosaic([self.images[i] for i in alike], rows, columns)
+        return conversation(task, image, label, rng, **self.options)
