@@ -321,3 +321,25 @@ def test_an_unknown_split_and_an_index_past_the_end_are_refused() -> None:
         load_digits_split("test")
     with pytest.raises(IndexError):
         dataset(num_samples=10)[10]
+
+
+def test_mosaics_are_of_the_sizes_asked_for_and_of_one_kind_of_digit() -> None:
+    source = DigitsSource("train", {"class_to_image": 1.0}, condition_dropout=0.0, mosaics=[[1, 2], [3, 1]])
+    label_of = {np.asarray(i).tobytes(): n for i, n in zip(source.images, source.labels, strict=True)}
+    sizes, pairs = set(), set()
+    for n in range(40):
+        example = source.sample(0, "class_to_image", np.random.default_rng(n))
+        [kind], [picture] = parts(example, "user"), parts(example, "assistant")
+        whole = np.asarray(picture["image"])
+        sizes.add(whole.shape)
+        tiles = [whole[y : y + 8, x : x + 8] for y in range(0, len(whole), 8) for x in range(0, whole.shape[1], 8)]
+        assert {label_of[tile.tobytes()] for tile in tiles} == {kind["class"]}
+        pairs.add(tiles[0].tobytes() == tiles[1].tobytes())
+    assert sizes == {(8, 16), (24, 8)}
+    assert False in pairs
+
+
+@pytest.mark.parametrize("mosaics", [[], [[1]], [[0, 2]], [1, 2], [[1, "2"]]])
+def test_mosaics_that_cannot_be_are_refused(mosaics: list) -> None:
+    with pytest.raises(ValueError, match=r"need a list of \[rows, columns\], each 1 or more, such as \[\[2, 1\]\]"):
+        DigitsSource("train", {"class_to_image": 1.0}, mosaics=mosaics)

@@ -204,6 +204,10 @@ def mosaic(images: Sequence[Image.Image], rows: int, columns: int) -> Image.Imag
     return Image.fromarray(np.block([cells[row * columns : (row + 1) * columns] for row in range(rows)]))
 
 
+def _is_grid(given: Any) -> bool:
+    return isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given)
+
+
 class DigitsSource:
     """Endless variations on the digits, for a [`ConversationMix`].
 
@@ -230,7 +234,7 @@ class DigitsSource:
     ):
         if unknown := sorted(set(tasks) - set(TASKS)):
             raise ValueError(f"Got task weights for {', '.join(unknown)}; choose among {', '.join(TASKS)}.")
-        if mosaics is not None and (not mosaics or any(len(one) != 2 or min(one) < 1 for one in mosaics)):
+        if mosaics is not None and not (mosaics and all(_is_grid(one) for one in mosaics)):
             raise ValueError(
                 f"Got mosaics {mosaics!r}; need a list of [rows, columns], each 1 or more, such as [[2, 1]]."
             )
