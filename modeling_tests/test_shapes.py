@@ -189,7 +189,7 @@ data: {{scenes: {{path: {folder / "data"}, adapter: shapes}}}}
 stages:
   tokenizer: {{vocab_size: 420}}
   vae: {{max_steps: 2, report_to: none}}
-  diffusion: {{max_steps: 4, warmup_steps: 2, lr_scheduler_type: cosine}}
+  diffusion: {{max_steps: 4, warmup_steps: 2, lr_scheduler_type: cosine, logging_steps: 1}}
 """
     (folder / "recipe.yaml").write_text(text)
     return folder / "recipe.yaml"
@@ -213,10 +213,15 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     assert first["steps"] > 0
     assert second["changes"] == ["model.config.detach_latents=false"]
     assert all(one == first for one in others)
+    losses = first["losses"]
+    assert losses["step"] == sorted({*losses["step"]} & {*range(first["steps"] + 1)})
+    assert len(losses["image"]) == len(losses["text"]) == len(losses["step"]) > 0
+    assert losses != second["losses"]
     assert len(list((tmp_path / "models").glob("*/final"))) == 3  # the VAE's, and two
     kept = json.loads((tmp_path / "vae.json").read_text())
     assert kept == json.loads(json.dumps(found))
-    assert (tmp_path / "vae.png").stat().st_size > 1000
+    with Image.open(tmp_path / "vae.png") as picture:
+        assert picture.height > 700  # scores, and losses below them
     [*sheets] = {row["examples"] for row in kept["rows"]}
     assert len(sheets) == 4
     for sheet in sheets:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers.utils import logging
 
@@ -305,12 +306,23 @@ def scored(
     found = benchmark.run(tasks)
     budget = Path(where) / "budget.json"
     found["examples"] = f"scores/{kept.stem}.png"
-    found["training"] = json.loads(budget.read_text()) if budget.is_file() else {}
+    found["training"] = (json.loads(budget.read_text()) if budget.is_file() else {}) | losses_of(Path(where).parent)
     found["parameters"] = found["training"].get("parameters") or sum(p.numel() for p in pipe.model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     examples_sheet(benchmark.examples).save(kept.with_suffix(".png"))
     kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def losses_of(run: Path) -> dict:
+    """{"losses": {"step": [...], "image": [...], "text": [...]}} from a run's log; nothing where it has none."""
+    logs = sorted(run.glob("diffusion/checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return {}
+    history = json.loads(logs[-1].read_text())["log_history"]
+    rows = [row for row in history if {"loss_se_image", "loss_se_text"} <= set(row)]
+    columns = {"step": "step", "image": "loss_se_image", "text": "loss_se_text"}
+    return {"losses": {name: [row[column] for row in rows] for name, column in columns.items()}}
 
 
 def shown_scores(found: dict) -> list[str]:
@@ -337,13 +349,20 @@ def table(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Bars of the main scores, a group a task and a colour a variant, with 95% intervals."""
+    """Bars of the main scores, a group a task and a colour a variant, with 95% intervals; below them, where trainings
+    differ, their losses over steps and over seconds of the processor."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(11, 3.6), constrained_layout=True)
+    curves = {row["variant"]: row["training"] for row in found["rows"] if row["training"].get("losses")}
+    has_curves = len({json.dumps(one["losses"]) for one in curves.values()}) > 1
+    figure = pyplot.figure(figsize=(11, 7.2 if has_curves else 3.6), constrained_layout=True)
+    grid = figure.add_gridspec(2 if has_curves else 1, 2)
+    axis = figure.add_subplot(grid[0, :])
+    if has_curves:
+        _plot_losses(curves, [figure.add_subplot(grid[1, i]) for i in range(2)])
     rows, names = found["rows"], [name for name in TASKS if any(name in row["scores"] for row in found["rows"])]
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
@@ -361,3 +380,18 @@ def plot(found: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _plot_losses(curves: dict[str, dict], axes: list) -> None:
+    for number, (name, training) in enumerate(curves.items()):
+        steps, pace = np.asarray(training["losses"]["step"]), training["cpu_seconds"] / training["steps"]
+        for line, kind in (("-", "image"), (":", "text")):
+            values = np.asarray(training["losses"][kind])
+            width = min(10, len(values))
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            for axis, at in zip(axes, (steps, steps * pace), strict=True):
+                axis.plot(at[width - 1 :], smooth, line, color=f"C{number}", label=f"{name}, {kind}")
+    for axis, label in zip(axes, ("steps", "CPU seconds"), strict=True):
+        axis.set(xlabel=label, ylabel="score entropy, training", ylim=(0, 2))
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, ncols=2)
