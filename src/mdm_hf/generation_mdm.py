@@ -332,7 +332,9 @@ class MDMGenerationMixin:
             inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "image_latents": image_latents}
             inputs |= {"image_grid_hw": image_grid_hw, "attention_mask": attention_mask}
             inputs |= {"target_mask": target_mask, "class_ids": class_ids}
-            config.num_inference_steps = self._found_steps(layout, inputs, scheduler, config, state)
+            config.num_inference_steps = self._found_steps(
+                layout, inputs, config, scheduler=scheduler, state=state, progress_bar=progress_bar
+            )
         known_images = self.model.known_images(layout, pixel_values, image_latents)
         conditions = self.model.encode(layout, input_ids, known_images).mean.float()
         known = input_ids, known_images, pixel_values
@@ -389,25 +391,25 @@ class MDMGenerationMixin:
             )
         return sampling
 
-    def _found_steps(self, layout: SequenceLayout, inputs: dict, scheduler, config, state) -> int:
+    def _found_steps(self, layout: SequenceLayout, inputs: dict, config: MDMGenerationConfig, **how: Any) -> int:
         """The fewest steps for a call of this kind: as an earlier one found, or measured on its first rows."""
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
-        targets = [mask for mask in (image, text) if bool(mask.any())]
-        solver = scheduler or self.scheduler
+        solver = how["scheduler"] or self.scheduler
         told = solver if solver is None or isinstance(solver, str) else (type(solver).__name__, dict(solver.config))
-        key = repr((bool(image.any()), len(targets), sampling_options(config), told))
+        key = repr((bool(image.any()), bool(text.any()), sampling_options(config), told))
         found = self.__dict__.setdefault("found_steps", {})
         if key not in found:
-            rows = inputs if state is not None else first_rows(layout, CALIBRATION_ROWS, inputs)
+            rows = inputs if how["state"] is not None else first_rows(layout, CALIBRATION_ROWS, inputs)
             count = len(rows["input_ids"])
 
             def draw(steps: int) -> Tensor:
                 noise = [torch.Generator().manual_seed(row) for row in range(count)]
                 options = sampling_options(config) | {"num_inference_steps": steps}
-                return self.generate(**rows, generator=noise, scheduler=scheduler, state=state, **options).latents
+                return self.generate(**rows, generator=noise, **how, **options).latents
 
             most = min(MOST_STEPS, self.config.num_train_timesteps)
-            found[key], errors = fewest_steps(draw, [mask[:count] for mask in targets], config.step_tolerance, most)
+            targets = [mask[:count] for mask in (image, text) if bool(mask[:count].any())]
+            found[key], errors = fewest_steps(draw, targets, config.step_tolerance, most)
             measured = ", ".join(f"{steps}: {error:.3f}" for steps, error in errors.items())
             logger.info(f"num_inference_steps='auto' is {found[key]} here; errors by steps: {measured}.")
         return found[key]
