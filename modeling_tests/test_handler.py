@@ -1,0 +1,135 @@
+"""Claims about handler.py: huggingface_hub's own client gets pictures, captions and answers; a bad request gets a
+reason."""
+
+import base64
+import io
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from loopback_endpoint import LoopbackEndpoint, as_png
+from PIL import Image
+
+from mdm_hf import MDMPipeline
+from mdm_hf.publishing import handler as module
+from mdm_hf.training.digits import digit_named_in, load_digits_split
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory) -> Iterator[LoopbackEndpoint]:
+    folder = tmp_path_factory.mktemp("endpoint")
+    MDMPipeline.from_pretrained(CARD).save_pretrained(folder)
+    shutil.copy(module.__file__, folder / "handler.py")
+    with LoopbackEndpoint(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def client(endpoint, monkeypatch) -> InferenceClient:
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)  # what is asked is this machine
+    return InferenceClient(model=endpoint.url)
+
+
+@pytest.fixture(scope="module")
+def three() -> bytes:
+    images, labels = load_digits_split("heldout")
+    return as_png(next(image for image, label in zip(images, labels, strict=True) if label == 3))
+
+
+def post(endpoint: LoopbackEndpoint, body: dict) -> list[dict]:
+    request = urllib.request.Request(endpoint.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
+
+
+def test_the_client_draws_from_text_and_its_seed_decides(client) -> None:
+    one, same, other = (
+        client.text_to_image("a handwritten three", num_inference_steps=8, seed=seed) for seed in (0, 0, 1)
+    )
+    assert one.size == (8, 8)
+    assert one.tobytes() == same.tobytes() != other.tobytes()
+    wide = client.text_to_image("a handwritten three", height=8, width=16, num_inference_steps=2, guidance_scale=1.0)
+    assert wide.size == (16, 8)
+
+
+def test_the_client_describes_and_asks_about_a_picture(client, three, tmp_path) -> None:
+    (tmp_path / "three.png").write_bytes(three)
+    assert digit_named_in(client.image_to_text(tmp_path / "three.png").generated_text) == 3
+    answers = client.visual_question_answering(tmp_path / "three.png", "which digit is this?", top_k=2)
+    assert digit_named_in(answers[0].answer) == 3
+    assert len(answers) <= 2
+    assert 0 < answers[-1].score <= answers[0].score <= 1
+
+
+def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None:
+    picture = base64.b64encode(three).decode()
+    few = {"num_inference_steps": 4, "seed": 0}
+    both = post(endpoint, {"inputs": {"class": 3}, "parameters": few | {"num_return_sequences": 2}})
+    assert len(both) == 2
+    with Image.open(io.BytesIO(base64.b64decode(both[0]["images"][0]))) as drawn:
+        assert drawn.size == (8, 8)
+    assert both[0]["generated_text"]
+    [caption] = post(endpoint, {"inputs": picture, "parameters": few})
+    assert caption.keys() == {"generated_text"}
+    asked = {"image": f"data:image/png;base64,{picture}", "text": "which digit is this?"}
+    [said] = post(endpoint, {"inputs": asked, "parameters": {"generate": "text", "seed": 0}})
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "which digit is this?"}]
+    messages = [{"role": "user", "content": content}]
+    [again] = post(endpoint, {"inputs": {"messages": messages}, "parameters": {"generate": "text", "seed": 0}})
+    assert said == again
+    assert digit_named_in(said["generated_text"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "Body needs to provide a inputs key"),
+        ({"inputs": ""}, "Got no inputs; need a text, a picture or a dict"),
+        ({"inputs": 3}, "Got inputs 3; need a text, a picture, or a dict of text, image, class, messages"),
+        ({"inputs": {"video": "x"}}, "need a text, a picture, or a dict of text"),
+        ({"inputs": {"image": "https://example.org/three.png"}}, "Got a picture that cannot be read"),
+        ({"inputs": {"image": 3}}, "Got a picture of type int; need base64"),
+        ({"inputs": {"messages": ["hello"]}}, "Got the message hello; need a dict with role and content"),
+        ({"inputs": {"messages": [], "text": "a three"}}, "Got messages and other conditions"),
+        ({"inputs": "a three", "parameters": [1]}, "Got parameters of type list; need a dict"),
+        ({"inputs": "a three", "parameters": {"sampler": "euler"}}, "Got the parameter(s) sampler; need some of"),
+        ({"inputs": "a three", "parameters": {"num_return_sequences": 1000}}, "need a whole number from 1 to 16"),
+        ({"inputs": "a three", "parameters": {"num_inference_steps": 0}}, "need a whole number from 1 to 200"),
+        ({"inputs": "a three", "parameters": {"height": 8}}, "Got one of height and width; need both"),
+        ({"inputs": "a three", "parameters": {"height": 8192, "width": 8192}}, "1048576 pixels at most"),
+        ({"inputs": "a three", "parameters": {"height": 7, "width": 7}}, "7"),
+        ({"inputs": "a three", "parameters": {"negative_prompt": "a four"}}, "Got the parameter(s) negative_prompt"),
+        ({"inputs": {"class": 12}}, "12"),
+        ({"inputs": "<|image_start|>"}, "<|image_start|>"),
+        ({"inputs": "a", "question": ""}, "Got a picture that cannot be read"),
+    ],
+)
+def test_a_bad_request_is_refused_with_what_to_send_instead(endpoint, body, message) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(endpoint, body)
+    assert refused.value.code == 400
+    assert message in json.load(refused.value)["error"]
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(endpoint) -> None:
+    bomb = as_png(Image.new("1", (5000, 4000)))
+    assert len(bomb) < 20_000
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(endpoint, {"inputs": {"image": base64.b64encode(bomb).decode()}})
+    assert "5000 x 4000 are more than 16777216 pixels" in json.load(refused.value)["error"]
+
+
+def test_an_empty_question_is_refused_and_the_client_says_why(client, three, tmp_path) -> None:
+    (tmp_path / "three.png").write_bytes(three)
+    with pytest.raises(HfHubHTTPError) as refused:
+        client.visual_question_answering(tmp_path / "three.png", " ")
+    assert refused.value.response.json() == {"error": "Got the question ' '; need a text."}

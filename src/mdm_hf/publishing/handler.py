@@ -1,0 +1,179 @@
+"""The entry of Inference Endpoints: a request in, a picture or JSON out. It stands at the root of a repository.
+
+    request                                                        answer
+    {"inputs": "a handwritten three"}                              a picture
+    a picture's bytes, or {"inputs": base64}                       [{"generated_text": "the digit three"}]
+    {"inputs": base64, "question": "which digit is this?"}         [{"answer": "it is a three", "score": 0.9}, ...]
+    {"inputs": {"text": ..., "image": base64, "class": 3}}         [{"generated_text": ..., "images": [base64]}]
+    {"inputs": {"messages": [...]}}, images as base64              the same
+
+`parameters` are options of a call of MDMPipeline, `height` and `width` of a picture to be made, and `top_k` answers to
+a question. Whatever cannot be answered is a ValueError that says what to send instead; the server makes it a reply of
+status 400.
+"""
+
+import base64
+import binascii
+import io
+from collections import Counter
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from transformers import pipeline
+
+
+PARAMETERS = (
+    "generate",
+    "num_inference_steps",
+    "guidance_scale",
+    "text_guidance_scale",
+    "text_temperature",
+    "modality_lag",
+    "scheduler",
+    "seed",
+    "max_new_tokens",
+    "num_return_sequences",
+    "height",
+    "width",
+    "top_k",
+)
+CONDITIONS = ("text", "image", "class", "messages")
+MOST_SAMPLES = 16
+MOST_STEPS = 200
+MOST_PIXELS = 1024 * 1024  # of a picture to be made
+MOST_PIXELS_READ = 4096 * 4096
+ANSWERS_DRAWN = 8  # of which an answer's share is its score
+
+
+class EndpointHandler:
+    """Loads the repository in `path` and answers requests with it.
+
+    Args:
+        path: Folder with the repository's files; their code is run.
+    """
+
+    def __init__(self, path: str = ""):
+        self.pipe = pipeline(model=path, trust_remote_code=True)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, data: dict[str, Any]) -> Any:
+        """A request's body, decoded, in; a PIL image where one picture alone is asked for, else a list of dicts.
+
+        Raises:
+            ValueError: a request that cannot be answered.
+        """
+        inputs = data.get("inputs")
+        if inputs is None or inputs == "":
+            raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
+        options = _options(data.get("parameters") or {})
+        top_k = options.pop("top_k", ANSWERS_DRAWN)
+        if "question" in data:
+            return self.answers(_image(data.get("image", inputs)), data["question"], options)[:top_k]
+        if isinstance(inputs, Image.Image) or _is_picture(inputs):
+            return self.described({"images": _image(inputs)}, {"generate": "text"} | options)
+        if isinstance(inputs, str):
+            return self.described({"text": inputs}, {"generate": "image"} | options)
+        return self.described(_conditions(inputs), options)
+
+    def described(self, conditions: dict, options: dict) -> Any:
+        """Samples of MDMPipeline's one call: a picture where nothing else is made, else texts and pictures."""
+        results = self.pipe(**conditions, **options)
+        if len(results) == 1 and not results[0]["text"]:
+            return results[0]["images"][0]
+        texts = [{"generated_text": " ".join(one["text"])} for one in results]
+        pictures = [[_as_base64(image) for image in one["images"]] for one in results]
+        return [text | ({"images": some} if some else {}) for text, some in zip(texts, pictures, strict=True)]
+
+    def answers(self, image: Image.Image, question: Any, options: dict) -> list[dict]:
+        """Answers to a question about a picture, the likeliest first; an answer's score is its share of the draws."""
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"Got the question {question!r}; need a text.")
+        drawn = {"num_return_sequences": ANSWERS_DRAWN} | options
+        texts = [one["text"][0] for one in self.pipe(text=question, images=image, **drawn | {"generate": "text"})]
+        return [{"answer": text, "score": count / len(texts)} for text, count in Counter(texts).most_common()]
+
+
+def _options(given: Any) -> dict:
+    """The parameters of a request as options of a call, within what one request may ask for."""
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"Got parameters of type {type(given).__name__}; need a dict of some of {', '.join(PARAMETERS)}."
+        )
+    options = {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(set(options) - set(PARAMETERS)):
+        raise ValueError(f"Got the parameter(s) {', '.join(unknown)}; need some of {', '.join(PARAMETERS)}.")
+    for name, most in (
+        ("num_return_sequences", MOST_SAMPLES),
+        ("num_inference_steps", MOST_STEPS),
+        ("top_k", ANSWERS_DRAWN),
+    ):
+        value = options.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"Got {name} {value!r}; need a whole number from 1 to {most}.")
+    height, width = (options.pop(name, None) for name in ("height", "width"))
+    if (height is None) != (width is None):
+        raise ValueError("Got one of height and width; need both, in pixels, or neither.")
+    if height is not None:
+        if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
+            raise ValueError(f"Got a picture of {height} x {width}; need whole numbers, {MOST_PIXELS} pixels at most.")
+        options["image_size"] = (height, width)
+    return options
+
+
+def _conditions(inputs: Any) -> dict:
+    """A dict of conditions as the pipeline takes them."""
+    if not isinstance(inputs, dict) or not inputs or set(inputs) - set(CONDITIONS):
+        raise ValueError(
+            f"Got inputs {str(inputs)[:80]}; need a text, a picture, or a dict of {', '.join(CONDITIONS)}."
+        )
+    if "messages" in inputs:
+        if len(inputs) > 1:
+            raise ValueError("Got messages and other conditions; need the messages alone, which may hold the others.")
+        return {"messages": [_decoded(message) for message in inputs["messages"]]}
+    names = {"text": "text", "image": "images", "class": "class_ids"}
+    given = {names[name]: value for name, value in inputs.items() if value is not None}
+    return given | ({"images": _image(given["images"])} if "images" in given else {})
+
+
+def _decoded(message: Any) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
+        raise ValueError(f"Got the message {str(message)[:80]}; need a dict with role and content.")
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        part | {"image": _image(part["image"])} if isinstance(part, dict) and "image" in part else part
+        for part in message["content"]
+    ]
+    return message | {"content": parts}
+
+
+def _is_picture(inputs: Any) -> bool:
+    """Whether a text is a picture in base64: longer than a prompt, and it starts as one of the usual formats does."""
+    starts = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "data:image/")
+    return isinstance(inputs, str) and len(inputs) > 64 and inputs.startswith(starts)
+
+
+def _image(given: Any) -> Image.Image:
+    """A picture that the server has decoded, or one in base64. No address: a request cannot make the server fetch."""
+    if isinstance(given, Image.Image):
+        return given
+    if not isinstance(given, str):
+        raise ValueError(
+            f"Got a picture of type {type(given).__name__}; need base64, or the picture's bytes as the body."
+        )
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(given.rpartition("base64,")[2], validate=True)))
+        if image.width * image.height > MOST_PIXELS_READ:  # known from the header, before any pixel is decoded
+            raise ValueError(f"{image.width} x {image.height} are more than {MOST_PIXELS_READ} pixels")
+        image.load()
+    except (binascii.Error, UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"Got a picture that cannot be read ({error}); need base64 of a PNG, JPEG, GIF or WebP."
+        ) from error
+    return image
+
+
+def _as_base64(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
