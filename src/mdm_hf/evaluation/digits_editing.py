@@ -9,16 +9,20 @@ What is known has to come back as it was: pixel by pixel, letter by letter.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from ..pipeline_mdm import MDMPipeline
 from ..training.digits import CAPTIONS, DIGIT_WORDS, digit_named_in, is_well_formed, load_digits_split
 from .digits import DigitJudge
+from .pictures import picture_grid
 from .results import bootstrap_interval, result, sampling_of
 
 
 SIDE = 8  # pixels
+SHOWN = 11  # examples of each kind on the sheet
 
 
 def _box(top: int, bottom: int, left: int, right: int) -> np.ndarray:
@@ -51,6 +55,14 @@ def spans_of(caption: str, digit: str, kind: str) -> list[tuple[int, int | None]
     return [(first, last) for first, last in ((0, start - 1), (start + len(digit) + 1, len(caption))) if first < last]
 
 
+def with_gaps(text: str, spans: list[tuple[int, int | None]]) -> str:
+    """A text as it is shown to people, with [...] for what is to be made."""
+    shown, last = "", 0
+    for start, end in spans:
+        shown, last = f"{shown}{text[last:start]}[...]", len(text) if end is None else end
+    return shown + text[last:]
+
+
 class DigitsEditing:
     """Runs and judges; see the head of this file.
 
@@ -67,6 +79,7 @@ class DigitsEditing:
         self.images, self.labels = [images[i] for i in which], np.asarray(labels)[which]
         self.right: dict[str, np.ndarray] = {}
         self.is_kept = True
+        self.shown: dict[str, list[list[tuple[Image.Image, str]]]] = {}  # rows of the sheet, by their heading
 
     def sample(self, **conditions) -> list[dict]:
         return self.pipe(**conditions, **self.settings, seed=self.seed, batch_size=64)
@@ -80,33 +93,61 @@ class DigitsEditing:
                 self.right[f"inpainting_{name}_{kind}"] = self.judge(made) == self.labels
                 pairs = zip(made, self.images, strict=True)
                 self.is_kept &= all((np.asarray(a)[~mask] == np.asarray(b)[~mask]).all() for a, b in pairs)
+                if name == "prompted":
+                    known = [
+                        Image.fromarray(np.where(mask, 128, np.asarray(image)).astype(np.uint8))
+                        for image in self.images
+                    ]
+                    rows = [(one, "") for one in known], list(zip(made, prompts, strict=True))
+                    self.show(f"Pictures, {kind.replace('_', ' ')}", *rows)
 
     def texts(self) -> None:
         rng = np.random.default_rng(self.seed)
         for kind in TEXT_MASKS:
-            canvas, known = [], []
+            canvas, known, gapped = [], [], []
             for label in self.labels:
                 digit = DIGIT_WORDS[label] if rng.random() < 0.5 else str(label)
                 template = CAPTIONS[rng.integers(len(CAPTIONS))]
                 text = template.format(a="an" if label == 8 else "a", d=digit)
                 spans = spans_of(text, digit, kind)
                 canvas.append([{"type": "text", "text": text, "mask": spans}])
+                gapped.append(with_gaps(text, spans))
                 known.append((text[: spans[0][0]], "" if spans[-1][1] is None else text[spans[-1][1] :]))
             made = [one["text"][0] for one in self.sample(images=self.images, canvas=canvas)]
             self.right[f"text_infilling_{kind}"] = np.array(
                 [is_well_formed(text) and digit_named_in(text) == d for text, d in zip(made, self.labels, strict=True)]
             )
+            told = [f"{gaps} -> {text}" for gaps, text in zip(gapped, made, strict=True)]
+            self.show(f"Captions, {kind}", list(zip(self.images, told, strict=True)))
             pairs = zip(made, known, strict=True)
             self.is_kept &= all(text.startswith(a.strip()) and text.endswith(b.strip()) for text, (a, b) in pairs)
 
     def sizes(self) -> None:
         classes = np.arange(self.num_samples) % 10
+        examples: list[tuple[Image.Image, str]] = []
         for kind, sizes in (("trained", TRAINED_SIZES), ("other", OTHER_SIZES)):
             for rows, columns in sizes:
                 size = (rows * SIDE, columns * SIDE)
                 drawn = self.sample(class_ids=classes.tolist(), generate="image", image_size=size)
-                right = [self.tiles(one["images"][0]) == label for one, label in zip(drawn, classes, strict=True)]
-                self.right[f"{kind}_size_{size[0]}x{size[1]}"] = np.array([tiles.mean() for tiles in right])
+                named = [self.tiles(one["images"][0]) == label for one, label in zip(drawn, classes, strict=True)]
+                self.right[f"{kind}_size_{size[0]}x{size[1]}"] = np.array([tiles.mean() for tiles in named])
+                name = f"{size[0]} x {size[1]}, {kind}"
+                examples.append((drawn[len(examples) % self.num_samples]["images"][0], name))
+        self.show("Sizes", examples)
+
+    def show(self, kind: str, *rows: Sequence[tuple[Image.Image, str]]) -> None:
+        """Puts the first of each row on the sheet."""
+        self.shown[kind] = [[*row[:SHOWN]] for row in rows]
+
+    def sheet(self) -> Image.Image:
+        """The first examples of each kind."""
+        cells: list[tuple[Image.Image | None, str]] = []
+        headings = {}
+        for kind, rows in self.shown.items():
+            headings[len(cells) // SHOWN] = kind
+            for row in rows:
+                cells += row + [(None, "")] * (SHOWN - len(row))
+        return picture_grid(cells, columns=SHOWN, cell_size=72, caption_lines=6, headings=headings)
 
     def tiles(self, image) -> np.ndarray:
         """What the judge names each digit of a mosaic."""
@@ -130,4 +171,8 @@ class DigitsEditing:
 def run(options) -> dict:
     """The benchmark "digits-editing" of the command line."""
     pipe = MDMPipeline.from_pretrained(options.model)
-    return DigitsEditing(pipe, options.num_samples, sampling_of(options, pipe), options.seed[0]).run()
+    editing = DigitsEditing(pipe, options.num_samples, sampling_of(options, pipe), options.seed[0])
+    found = editing.run()
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    editing.sheet().save(options.work_dir / "digits-editing.png")
+    return found
