@@ -100,8 +100,6 @@ class MDMConfig(PreTrainedConfig):
         diffusion_weight: lambda of Eq. 18.
         detach_latents: Keep L_se from training the VAE. False is Eq. 18 read literally: what is easiest to denoise is
             then learned, not what says most of the data; there for the ablation.
-        joined_probability: Where a row has targets that are known in part, the probability that training reads what
-            is known before the rest, as part of the conditions, and not in its place.
         pinned_timestep_probability: Where a row targets both modalities, the probability that training pins the
             timestep of one of them to 0 (it is known) or 1 (it is pure noise); lagged sampling passes through both.
         time_step_min, time_step_max, time_step_floor: Range of dt at initialisation.
@@ -152,7 +150,6 @@ class MDMConfig(PreTrainedConfig):
     kl_weight: float | int = 1e-2
     diffusion_weight: float | int = 1.0
     detach_latents: bool = True
-    joined_probability: float | int = 0.5
     pinned_timestep_probability: float | int = 0.2
     time_step_min: float | int = 1e-3
     time_step_max: float | int = 1e-1
@@ -385,9 +382,10 @@ class MDMConfig(PreTrainedConfig):
             )
 
     def validate_probabilities(self):
-        for name in ("joined_probability", "pinned_timestep_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must lie in [0, 1].")
+        if not 0 <= self.pinned_timestep_probability <= 1:
+            raise ValueError(
+                f"`pinned_timestep_probability` is {self.pinned_timestep_probability}; it must lie in [0, 1]."
+            )
         for name in ("kl_weight", "diffusion_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a loss weight must be 0 or more.")

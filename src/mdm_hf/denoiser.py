@@ -3,8 +3,8 @@
 - Conditions are read once, into a cache from which every network call starts.
 - Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
   prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
-- What is frozen becomes a condition. In its place it is read with the rest; joined to the prefix it is read once more
-  and then no longer, so that later calls cost less (token selection, paper Sec. 3.2, Theorem 3).
+- What is frozen becomes a condition, in its place. With token selection (paper Sec. 3.2, Theorem 3) it is projected
+  once more, clean, and from then on skipped: the scans read what was kept of it, so that later calls cost less.
 
 Symbols
     l   positions of a row,    m   those of the target group, "active",    live   those that the network still sees
@@ -35,7 +35,7 @@ class Denoiser:
         self.conditions = conditions
         self.noise = pick(noise, self.index[0])
         self.clean = pick(conditions, self.index[0])
-        self.frozen, self.joined = (torch.zeros_like(self.layout.is_target) for _ in range(2))
+        self.frozen, self.skipped = (torch.zeros_like(self.layout.is_target) for _ in range(2))
         self.has_both = targets["image"].any(1) & targets["text"].any(1)
         self.tolerance = sampling.selection_tolerance
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
@@ -78,16 +78,19 @@ class Denoiser:
             self.cache = None
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
+        self.plan = plan_scans(config, self.pair_layout, self.has_image)
         self._look()
 
     def _look(self) -> None:
-        """Settles which of the active positions the network sees: all but those that were joined to the prefix."""
-        self.live, is_real = positions(~self.layout.is_padding & ~self.joined)
+        """Settles which of the active positions the network projects: all but those that are skipped."""
+        self.live, is_real = positions(~self.layout.is_padding & ~self.skipped)
         self.num_live = is_real.sum(1)
         live = self.layout.select(self.live, is_real)
         pairs = 2 if self.guided else 1
         self.live_pair = self.pair_layout.select(self.live.repeat(pairs, 1), is_real.repeat(pairs, 1))
-        self.plan = plan_scans(self.model.config, self.live_pair, self.has_image)
+        if self.tolerance is not None:
+            for states in self.cache:
+                states.live, states.live_is_real = self.live.repeat(pairs, 1), is_real.repeat(pairs, 1).unsqueeze(-1)
         self.text = (live.is_text & live.is_target).nonzero(as_tuple=True)
 
     def start(self, tracks: list) -> Tensor:
@@ -125,28 +128,8 @@ class Denoiser:
         self._look()
         return self.with_frozen(z)
 
-    def join(self, new: Tensor) -> None:
-        """Reads frozen positions (b, m) as the end of the prefix, and no longer with the rest.
-
-        The unconditional half drops them in rows that target both modalities, where they are a condition of the other.
-        """
-        self.joined = self.joined | new
-        if self.guided:
-            new = torch.cat([new, new & ~self.has_both.unsqueeze(1)])
-        index, is_real = positions(new)
-        read = self.pair_layout.select(index, is_real)
-        read.in_target_group = torch.zeros_like(read.in_target_group)
-        clean = pick(self.clean.repeat(len(new) // len(self.clean), 1, 1), index)
-        time = torch.zeros(len(new), 2, device=clean.device)
-        self.cache = [states.reopened() for states in self.cache]
-        plan = plan_scans(self.model.config, read, self.has_image)
-        self.model.model.denoise(clean, read, plan, time, self.class_ids, self.cache)
-        for states in self.cache:
-            states.is_open = False
-        self._look()
-
     def select(self, z_0: Tensor, z: Tensor, tracks: list, step: int) -> Tensor:
-        """Freezes and joins the targets whose score has come to its fixed point, se = 0 up to the tolerance (Eq. 8).
+        """Freezes the targets whose score has come to its fixed point, se = 0 up to the tolerance (Eq. 8).
 
         The fixed point of a text token is its likeliest token. That of a patch is where its prediction would come to
         at alpha_bar = 1, if it went on as it did since the call before. A modality that is done stands still, too,
@@ -167,16 +150,13 @@ class Denoiser:
             row, place = self.text
             entropy[row, self.live[row, place]] = text_score_entropy(self.logits, self.logits.argmax(-1))
         self.before = z_0
+        self.skipped = self.frozen  # this call has seen them as they are
         new = self.layout.is_target & (is_done | (moves & (entropy <= self.tolerance)))
-        if not bool(new.any()):
-            return z
         z_0 = torch.where(is_done.unsqueeze(-1), z, z_0)
         row, place = new.nonzero(as_tuple=True)
         mask = torch.zeros_like(self.full_layout.is_target)
         mask[row, self.index[0][row, place]] = True
-        z = self.freeze(mask, None, z_0, z)
-        self.join(new)
-        return z
+        return self.freeze(mask, None, z_0, z)
 
     def with_frozen(self, z: Tensor) -> Tensor:
         return torch.where(self.frozen.unsqueeze(-1), self.clean, z)

@@ -79,7 +79,8 @@ class MDMGenerationConfig(GenerationConfig):
             network calls.
         min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
-            are frozen, joined to the conditions and skipped, so that later network calls cost less. None is off.
+            are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
+            None is off.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -224,9 +225,9 @@ class _Selection:
         self.num_live.append(view.num_live)
         self.seconds.append(now - self.started)
         self.started = now
-        before = view.joined
+        before = view.frozen
         z = view.select(z_0, z, tracks, step)
-        row, place = (view.joined & ~before).nonzero(as_tuple=True)
+        row, place = (view.frozen & ~before).nonzero(as_tuple=True)
         self.frozen_at[row, view.index[0][row, place]] = step
         return z
 

@@ -47,7 +47,6 @@ from .sequence_layout import (
     SequenceLayout,
     build_layout,
     image_of_each_row,
-    joined_to_prefix,
     plan_scans,
 )
 
@@ -338,21 +337,19 @@ class MDMModel(MDMPreTrainedModel):
         return torch.where(layout.is_target, level, torch.ones_like(level))
 
     def draw(self, layout: SequenceLayout, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a forward pass needs of chance: uniform (b, 6), normal (3 in training, else 1; b, l, latent_size).
+        """What a forward pass needs of chance: uniform (b, 5), normal (3 in training, else 1; b, l, latent_size).
 
         With `seeds` a row's numbers depend on its own seed and length alone.
         """
         (b, l), device = layout.input_ids.shape, layout.input_ids.device
         normals = (3 if self.training else 1), self.config.latent_size
         if seeds is None:
-            uniform, normal = torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
-            return torch.cat([uniform, torch.rand(b, 1, device=device)], dim=1), normal
-        uniform, normal = torch.empty(b, 6), torch.zeros(normals[0], b, l, normals[1])
+            return torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
+        uniform, normal = torch.empty(b, 5), torch.zeros(normals[0], b, l, normals[1])
         for i, (seed, is_real) in enumerate(zip(seeds.tolist(), (~layout.is_padding).cpu(), strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            uniform[i, :5] = torch.rand(5, generator=generator)
+            uniform[i] = torch.rand(5, generator=generator)
             normal[:, i, is_real] = torch.randn(normals[0], int(is_real.sum()), normals[1], generator=generator)
-            uniform[i, 5] = torch.rand((), generator=generator)  # after what earlier versions drew
         return uniform.to(device), normal.to(device)
 
     def timesteps_from(self, uniform: Tensor, layout: SequenceLayout) -> Tensor:
@@ -439,8 +436,6 @@ class MDMModel(MDMPreTrainedModel):
         known_images = self.known_images(layout, pixel_values, image_latents)
         posterior = self.encode(layout, input_ids, known_images)
         uniform, normal = self.draw(layout, seeds)
-        if self.training:
-            layout = joined_to_prefix(layout, uniform[:, 5] < self.config.joined_probability)
         clean = posterior.mean
         if self.training:
             sampled = posterior.sample(normal[1].to(clean.dtype))

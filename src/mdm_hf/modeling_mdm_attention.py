@@ -41,20 +41,28 @@ class MDMAttention(nn.Module):
         self.out_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: MDMConditionCache | None = None) -> Tensor:
-        b, l, _ = hidden_states.shape
-        q, k, v = self.in_proj(hidden_states).view(b, l, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        projected = self.in_proj(hidden_states)
+        live = None if cache is None else cache.live
+        if live is not None:
+            [projected] = cache.complete([projected])
+        b, l, _ = projected.shape
+        q, k, v = projected.view(b, l, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), plan.cos, plan.sin), rotate(self.key_norm(k), plan.cos, plan.sin)
-        sees = plan.sees
-        is_real = plan.is_real
+        sees, is_real = plan.sees, plan.is_real
+        if live is not None:  # only they ask
+            places = live[:, None, :, None]
+            q = q.gather(2, places.expand(-1, self.num_heads, -1, self.head_dim))
+            sees = sees.gather(2, places.expand(-1, -1, -1, l))
         if cache is not None and cache.keys is not None:
             k, v = torch.cat([cache.keys, k], dim=2), torch.cat([cache.values, v], dim=2)
-            sees_prefix = plan.is_real & cache.is_real.transpose(1, 2)
+            asks = plan.is_real if live is None else cache.live_is_real
+            sees_prefix = asks & cache.is_real.transpose(1, 2)
             sees = torch.cat([sees_prefix.unsqueeze(1), sees], dim=-1)
             is_real = torch.cat([cache.is_real, is_real], dim=1)
         if cache is not None and cache.is_open:
             cache.keys, cache.values, cache.is_real = k, v, is_real
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-        return self.out_proj(y.transpose(1, 2).reshape(b, l, -1))
+        return self.out_proj(y.transpose(1, 2).reshape(*hidden_states.shape))
 
 
 class MDMGatedMLP(nn.Module):

@@ -10,7 +10,6 @@ Symbols
     x, B, C, dt   input, state projections and step size of the selective scan, Eq. 10-13
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +21,7 @@ from .checkpoints import rename_weights
 from .configuration_mdm import MDMConfig
 from .fused_scan import merge_gate_norm, scan_conv
 from .scan_switch import scan
-from .sequence_layout import ScanPlan
+from .sequence_layout import ScanPlan, pick
 from .ssd import ssd
 
 
@@ -34,15 +33,24 @@ class MDMConditionCache:
     open, each pass adds what it reads to the prefix; once it is closed, passes start from it and leave it alone. Of
     the SSM its size does not grow, and a prefix may be read segment by segment; a Transformer's sees all of itself.
 
+    With token selection (paper Sec. 3.2, Theorem 3) it also keeps what the block's input projections made of the
+    target group. Only the live positions are projected anew; the others are read as they were last.
+
     Attributes:
         is_open: Whether passes add to it.
         conv: (b, conv_kernel - 1, k, inner_size + 2 state_size).
         ssm: (b, k * heads, head_dim, state_size), fp32.
         keys, values: (b, heads, l, head_dim).
         is_real: (b, l, 1), which of them are no padding.
+        live: (b, n), places in the target group that passes bring; None where they bring all of it.
+        live_is_real: (b, n, 1), which of these are no padding.
+        projected: Of each input projection (b, m, c), what it last made of every position of the target group.
     """
 
     is_open: bool = True
+    live: Tensor | None = None
+    live_is_real: Tensor | None = None
+    projected: list[Tensor] | None = None
     conv: Tensor | None = None
     ssm: Tensor | None = None
     keys: Tensor | None = None
@@ -56,11 +64,17 @@ class MDMConditionCache:
             setattr(taken, name, value[rows] if isinstance(value, Tensor) else value)
         return taken
 
-    def reopened(self) -> "MDMConditionCache":
-        """An open cache that starts where this one is."""
-        opened = copy.copy(self)
-        opened.is_open = True
-        return opened
+    def complete(self, projected: list[Tensor]) -> list[Tensor]:
+        """Projections (b, n, c) of the live positions -> (b, m, c) of the whole target group, remembered."""
+        if self.projected is None:  # the first pass brings all, in order
+            self.projected = projected
+            return projected
+        whole = []
+        for new, last in zip(projected, self.projected, strict=True):
+            places = self.live.unsqueeze(-1).expand_as(new)
+            whole.append(last.scatter(1, places, torch.where(self.live_is_real, new, last.gather(1, places))))
+        self.projected = whole
+        return whole
 
     def stacked_on(self, other: "MDMConditionCache") -> "MDMConditionCache":
         """A cache of the rows of this one, then those of the other one; not of a Transformer."""
@@ -173,12 +187,14 @@ class MDMMixer(nn.Module):
             for k, image in enumerate(images[:directions])
         ]
 
-    def project_out(self, scanned: Sequence[tuple[Tensor, ...]], is_image: Tensor) -> Tensor:
-        """Merge, gate, norm, out_proj; the sum over the directions if each has its own projections: (b, l, h)."""
+    def project_out(self, scanned: Sequence[tuple[Tensor, ...]], is_image: Tensor, live: Tensor | None) -> Tensor:
+        """Merge, gate, norm, out_proj; the sum over the directions if each has its own projections: (b, l, h), of the
+        live positions alone where there are some (b, n)."""
 
         def project(i: int, y: Tensor, order: Tensor, rank: Tensor, z: Tensor) -> Tensor:
             branch = self.projections[i]
-            return branch.out_proj(branch.norm(y, order, rank, z))
+            merged = branch.norm(y, order, rank, z)
+            return branch.out_proj(merged if live is None else pick(merged, live))
 
         if not self.is_independent:
             return project(0, *scanned[0])
@@ -195,7 +211,11 @@ class MDMMixer(nn.Module):
         order, rank, step_is_real = plan.order, plan.rank, plan.step_is_real
         directions = order.shape[-1]
 
-        projected = self.project_in(hidden_states, plan.is_image, directions)
+        live = None if cache is None else cache.live
+        is_image = plan.is_image if live is None else pick(plan.is_image, live)
+        projected = self.project_in(hidden_states, is_image, directions)
+        if live is not None:
+            projected = cache.complete(projected)
         width = directions // len(projected)  # directions that read the same projection
         sources = [
             (*p.split([inner, inner + 2 * state, heads], dim=-1), o, r)
@@ -227,7 +247,7 @@ class MDMMixer(nn.Module):
         if plan.direction_weight is not None:
             y = y * plan.direction_weight.to(y.dtype)
         scanned = [(part, o, r, z) for part, (z, _, _, o, r) in zip(y.split(width, dim=2), sources, strict=True)]
-        return self.project_out(scanned, plan.is_image)
+        return self.project_out(scanned, is_image, live)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -265,4 +285,5 @@ class MDMBlock(MDMLayer):
 
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
         mixed = self.mixer(self.norm(hidden_states), plan, cache)
-        return (hidden_states + mixed) * plan.is_real.to(hidden_states.dtype)
+        is_real = plan.is_real if cache is None or cache.live is None else cache.live_is_real
+        return (hidden_states + mixed) * is_real.to(hidden_states.dtype)

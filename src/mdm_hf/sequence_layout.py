@@ -4,8 +4,8 @@ Symbols
     segment    a run of positions read as one piece: `<|image_start|> patches <|image_end|>`, the same for text, or one
                control token alone (class, role, time)
     prefix     all segments without a target: the conditions, which never see t
-    target group   all segments with a target, headed by the time tokens; only targets are noised. What is known of
-               such a segment stays in its place there, or is joined to the prefix.
+    target group   all segments with a target, headed by the time tokens; only targets are noised, what is known of
+               such a segment stays in its place
     level      0 clean, 1 at the image timestep, 2 at the text timestep
 """
 
@@ -168,12 +168,6 @@ def _precedes(mask: Tensor, segment: Tensor) -> Tensor:
     first = place.new_full((len(mask), mask.shape[1] + 1), -1)
     last = first.scatter_reduce(1, segment, torch.where(mask, place, -1), "amax")
     return place < last.gather(1, segment)
-
-
-def joined_to_prefix(layout: SequenceLayout, rows: Tensor) -> SequenceLayout:
-    """The layout with what is known of partly known segments in the prefix, in those `rows` (b,) bool."""
-    known = layout.in_target_group & (layout.is_patch | layout.is_text) & ~layout.is_target
-    return replace(layout, in_target_group=layout.in_target_group & ~(known & rows.unsqueeze(1)))
 
 
 def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:
