@@ -37,17 +37,21 @@ def averaged(checkpoint: Path) -> MDMForMultiModalGeneration:
     return model
 
 
-def curve(run: Path, processor: MDMProcessor, sampling: dict, num_samples: int, known: list[dict]) -> list[dict]:
-    """The scores of every checkpoint of a run, in order; those in `known` are not scored again."""
+def curve(
+    run: Path, processor: MDMProcessor, sampling: dict, num_samples: int, known: list[dict], every: int, before: int
+) -> list[dict]:
+    """The scores of the last checkpoint of a run and of those of every so many before it, in order, counted from
+    `before`; those in `known` are not scored again."""
     steps = sorted(int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*"))
     points = {point["step"]: point for point in known}
-    for step in steps:
-        if step not in points:
+    for step in steps[::-1][::every][::-1]:
+        if before + step not in points:
             pipe = MDMPipeline(averaged(run / f"checkpoint-{step}"), processor)
             pipe.set_progress_bar_config(disable=True)
             found = ShapesBenchmark(pipe, num_samples, sampling, split="validation").run()
-            points[step] = {"step": step, **{key: found[key] for key in ("scores", "intervals", "settings")}}
-            print(json.dumps({"step": step} | {name: found["scores"][name] for name in TASKS}), flush=True)
+            point = {"step": before + step, **{key: found[key] for key in ("scores", "intervals", "settings")}}
+            points[before + step] = point
+            print(json.dumps({"step": before + step} | {name: found["scores"][name] for name in TASKS}), flush=True)
     return [points[step] for step in sorted(points)]
 
 
@@ -89,6 +93,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few steps of a tiny model that show that it runs")
     parser.add_argument("--run", type=Path, default="runs/shapes/diffusion", help="folder with checkpoints")
     parser.add_argument("--processor", default="runs/shapes/processor")
+    parser.add_argument("--every", type=int, default=1, help="score each n-th checkpoint, counted from the last")
+    parser.add_argument("--steps-before", type=int, default=0, help="of the run that this one went on from")
     parser.add_argument("--num-samples", type=int, default=100, help="a task, of the validation split")
     parser.add_argument("--steps", type=int, default=20, help="solver steps")
     parser.add_argument("--guidance-scale", type=float, default=1.5)
@@ -105,9 +111,9 @@ def main() -> None:
         known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else []
         sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
         sampling |= {"text_guidance_scale": 1.0, "text_temperature": options.text_temperature}
-        points = curve(
-            options.run, MDMProcessor.from_pretrained(options.processor), sampling, options.num_samples, known
-        )
+        processor = MDMProcessor.from_pretrained(options.processor)
+        which = options.every, options.steps_before
+        points = curve(options.run, processor, sampling, options.num_samples, known, *which)
     if options.output:
         options.output.write_text(json.dumps(points, indent=1) + "\n")
     if options.plot:

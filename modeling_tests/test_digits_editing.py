@@ -53,7 +53,7 @@ def test_the_truth_gets_full_marks_and_another_digit_next_to_none() -> None:
     assert min(truth.values()) > 0.93  # the judge itself is right on 98.3%
     assert found["intervals"].keys() == truth.keys()
     other = DigitsEditing(Editor(shift=1), 65, settings).run()["scores"]
-    for name in ("text_infilling", "trained_size", "other_size"):
+    for name in ("text_infilling", "size_8x8", "size_16x24"):
         assert other[name] < 0.05, name
     assert other["inpainting_alone"] < 0.5  # what is known still looks like the right one
 
@@ -89,7 +89,7 @@ def test_a_mosaic_holds_its_pictures_row_by_row() -> None:
 
 
 def test_the_command_line_scores_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mdm_hf.evaluation.digits_editing.OTHER_SIZES", ((2, 2),))
+    monkeypatch.setattr("mdm_hf.evaluation.digits_editing.SIZES", ((2, 2),))
     output = tmp_path / "scores.json"
     card = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
     arguments = ["evaluate", "--benchmark", "digits-editing", "--num-samples", "65", "--steps", "2"]

@@ -21,7 +21,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "digits": Benchmark("digits:run", "the six tasks of mdm-digits, judged by a classifier"),
-    "digits-editing": Benchmark("digits_editing:run", "parts of digits and captions, and sizes not trained on"),
+    "digits-editing": Benchmark("digits_editing:run", "parts of digits and captions, and pictures of several digits"),
     "shapes": Benchmark("shapes:run", "the paper's tasks on the shapes world, judged by a program"),
     "fid": Benchmark("image_quality:run", "FID, IS, precision and recall of pictures"),
     "coco-captions": Benchmark("captioning:run", "CIDEr of captions, COCO's files"),

@@ -1,4 +1,4 @@
-"""How well a model of the digits fills in what is missing, and draws sizes that it was not trained on.
+"""How well a model of the digits fills in what is missing, and draws pictures of several digits.
 
 - Pictures: a part of a held-out digit is to be made, with its description as the prompt or with nothing; what comes
   of it is right if the judge names it as the held-out one is labelled.
@@ -41,8 +41,7 @@ PICTURE_MASKS = {
     "border": ~_box(2, 6, 2, 6),
 }
 TEXT_MASKS = ("digit", "wording", "end")
-TRAINED_SIZES = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1))  # rows and columns of digits
-OTHER_SIZES = ((2, 2), (2, 3), (3, 2), (3, 3), (1, 4), (4, 1))
+SIZES = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2), (3, 3))  # rows and columns of digits
 
 
 def spans_of(caption: str, digit: str, kind: str) -> list[tuple[int, int | None]]:
@@ -125,14 +124,12 @@ class DigitsEditing:
     def sizes(self) -> None:
         classes = np.arange(self.num_samples) % 10
         examples: list[tuple[Image.Image, str]] = []
-        for kind, sizes in (("trained", TRAINED_SIZES), ("other", OTHER_SIZES)):
-            for rows, columns in sizes:
-                size = (rows * SIDE, columns * SIDE)
-                drawn = self.sample(class_ids=classes.tolist(), generate="image", image_size=size)
-                named = [self.tiles(one["images"][0]) == label for one, label in zip(drawn, classes, strict=True)]
-                self.right[f"{kind}_size_{size[0]}x{size[1]}"] = np.array([tiles.mean() for tiles in named])
-                name = f"{size[0]} x {size[1]}, {kind}"
-                examples.append((drawn[len(examples) % self.num_samples]["images"][0], name))
+        for rows, columns in SIZES:
+            size = (rows * SIDE, columns * SIDE)
+            drawn = self.sample(class_ids=classes.tolist(), generate="image", image_size=size)
+            named = [self.tiles(one["images"][0]) == label for one, label in zip(drawn, classes, strict=True)]
+            self.right[f"size_{size[0]}x{size[1]}"] = np.array([tiles.mean() for tiles in named])
+            examples.append((drawn[len(examples) % self.num_samples]["images"][0], f"{size[0]} x {size[1]}"))
         self.show("Sizes", examples)
 
     def show(self, kind: str, *rows: Sequence[tuple[Image.Image, str]]) -> None:
@@ -159,7 +156,7 @@ class DigitsEditing:
         self.pictures()
         self.texts()
         self.sizes()
-        for name in ("inpainting_prompted", "inpainting_alone", "text_infilling", "trained_size", "other_size"):
+        for name in ("inpainting_prompted", "inpainting_alone", "text_infilling"):
             parts = [value for key, value in self.right.items() if key.startswith(f"{name}_")]
             self.right[name] = np.concatenate(parts)
         scores = {name: float(value.mean()) for name, value in self.right.items()}
