@@ -94,13 +94,15 @@ def oracle(model):
     return stack
 
 
+@pytest.mark.parametrize("modality_lag", [0.0, 0.5])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
     "kind", [{}, {"scan_sharing": "independent"}, {"scan_sharing": "alternate"}, {"backbone": "transformer"}]
 )
-def test_what_is_skipped_is_read_as_it_was_last(kind, guidance_scale) -> None:
+def test_what_is_skipped_is_read_as_it_was_last(kind, guidance_scale, modality_lag) -> None:
     model, inputs = tiny_model(**kind), batch(KINDS)
     options = {"selection_tolerance": 3.0, "guidance_scale": guidance_scale, "num_inference_steps": 8}
+    options["modality_lag"] = modality_lag
     fast, plain = drawn(model, inputs, **options), drawn(model, inputs, **options | {"selection_tolerance": None})
     with oracle(model):
         slow = drawn(model, inputs, **options)
@@ -124,6 +126,29 @@ def test_a_modality_that_is_done_is_skipped_while_the_other_goes_on(guidance_sca
     assert out.sequences.equal(plain.sequences)  # the text was done before anything was skipped
     assert out.latents[text].equal(model.model.vae.encode_tokens(out.sequences).mean[text])
     assert not out.latents.equal(plain.latents)
+
+
+def test_where_no_conditions_are_seen_a_frozen_modality_that_is_done_is_noise_like_any_other() -> None:
+    model, inputs = tiny_model(), batch(["both"])
+    text = (inputs["target_mask"] == 1) & (inputs["input_ids"] == model.config.text_target_token_id)
+    seen, denoise = [], MDMModel.denoise
+
+    def watch(self, latents, layout, *rest):
+        seen.append((latents, layout))
+        return denoise(self, latents, layout, *rest)
+
+    options = {"modality_lag": 1.0, "guidance_scale": 2.0}
+    with mock.patch.object(MDMModel, "denoise", watch):
+        drawn(model, inputs, **options)
+        plain = seen[7]  # the conditions, six calls for the text, and the first of the image
+        seen.clear()
+        drawn(model, inputs, selection_tolerance=0.0, **options)
+        selected = seen[7]
+    assert selected[0][1].equal(plain[0][1])  # the half without conditions
+    assert selected[1].level[1].equal(plain[1].level[1])
+    assert selected[1].is_target[1].equal(plain[1].is_target[1])
+    changed = selected[1].is_target[0] != plain[1].is_target[0]  # the half with conditions has the text as one
+    assert int(changed.sum()) == int(text.sum())
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:

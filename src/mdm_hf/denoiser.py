@@ -35,8 +35,8 @@ class Denoiser:
         self.conditions = conditions
         self.noise = pick(noise, self.index[0])
         self.clean = pick(conditions, self.index[0])
-        self.frozen, self.skipped = (torch.zeros_like(self.layout.is_target) for _ in range(2))
-        self.has_both = targets["image"].any(1) & targets["text"].any(1)
+        self.frozen, self.skipped, self.is_done = (torch.zeros_like(self.layout.is_target) for _ in range(3))
+        self.has_frozen = False
         self.tolerance = sampling.selection_tolerance
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None
@@ -78,6 +78,7 @@ class Denoiser:
             self.cache = None
         pair = self.index if not self.guided else tuple(torch.cat([part, part]) for part in self.index)
         self.pair_layout = both.select(*pair)
+        self.pair_level, self.pair_target = self.pair_layout.level, self.pair_layout.is_target
         self.plan = plan_scans(config, self.pair_layout, self.has_image)
         self._look()
 
@@ -87,6 +88,10 @@ class Denoiser:
         self.num_live = is_real.sum(1)
         live = self.layout.select(self.live, is_real)
         pairs = 2 if self.guided else 1
+        # what is frozen stands at t = 0; the unconditional half drops it as a condition when its modality is done
+        clean = torch.cat([self.frozen, self.frozen & ~self.is_done]) if self.guided else self.frozen
+        self.pair_layout.level = self.pair_level.masked_fill(clean, 0)
+        self.pair_layout.is_target = self.pair_target & ~clean
         self.live_pair = self.pair_layout.select(self.live.repeat(pairs, 1), is_real.repeat(pairs, 1))
         if self.tolerance is not None:
             for states in self.cache:
@@ -120,11 +125,9 @@ class Denoiser:
         fixed = z_0.clone()
         fixed[text] = model.model.vae.encode_tokens(tokens.unsqueeze(0)).mean[0].float()
         self.clean = torch.where(new.unsqueeze(-1), fixed, self.clean)
-        self.frozen = self.frozen | new
-        pairs = 2 if self.guided else 1
-        for layout, frozen in ((self.layout, new), (self.pair_layout, new.repeat(pairs, 1))):
-            layout.is_target = layout.is_target & ~frozen
-            layout.level = layout.level.masked_fill(frozen, 0)
+        self.frozen, self.has_frozen = self.frozen | new, True
+        self.layout.is_target = self.layout.is_target & ~new
+        self.layout.level = self.layout.level.masked_fill(new, 0)
         self._look()
         return self.with_frozen(z)
 
@@ -175,7 +178,9 @@ class Denoiser:
         for track in tracks:
             if step >= track.last:
                 is_done[track.at] = True
-        is_done = is_done & self.layout.is_target
+        if self.guided and self.has_frozen and any(step == track.last for track in tracks):
+            self.is_done, self.skipped = is_done, self.skipped & ~is_done  # noise now, to be projected once more
+            self._look()
         whole, live = z, self.live
         z, is_done, noise = pick(z, live), is_done.gather(1, live), pick(self.noise, live)
         if self.guided:
