@@ -51,6 +51,11 @@ def post(endpoint: LoopbackEndpoint, body: dict) -> list[dict]:
         return json.load(reply)
 
 
+def said(part: dict) -> dict:
+    """A request with one message of one part."""
+    return {"inputs": {"messages": [{"role": "user", "content": [part]}]}}
+
+
 def test_the_client_draws_from_text_and_its_seed_decides(client) -> None:
     one, same, other = (
         client.text_to_image("a handwritten three", num_inference_steps=8, seed=seed) for seed in (0, 0, 1)
@@ -96,7 +101,19 @@ def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None
         ({"inputs": ""}, "Got no inputs; need a text, a picture or a dict"),
         ({"inputs": 3}, "Got inputs 3; need a text, a picture, or a dict of text, image, class, messages"),
         ({"inputs": {"video": "x"}}, "need a text, a picture, or a dict of text"),
-        ({"inputs": {"image": "https://example.org/three.png"}}, "Got a picture that cannot be read"),
+        ({"inputs": {"image": "https://example.org/three.png"}}, "which holds no image that Pillow can read"),
+        ({"inputs": {"text": {"images": "/etc/passwd"}}}, "Got the text {'images': '/etc/passwd'}; need a string"),
+        ({"inputs": {"text": ["a three"] * 1000}}, "Got the text ['a three', 'a three'"),
+        ({"inputs": {"class": [3] * 1000}}, "Got the class [3, 3"),
+        (said({"type": "image", "path": "/etc/passwd"}), "Got the part {'type': 'image', 'path': '/etc/passwd'}"),
+        (
+            said({"type": "image", "url": "http://127.0.0.1/"}),
+            "need a dict with its type and, under the same name, its",
+        ),
+        (said({"type": "image", "image": "/etc/passwd"}), "which holds no image that Pillow can read"),
+        (said({"type": "image", "image": "", "mask": "/etc/passwd"}), "Got the part {'type': 'image', 'image': ''"),
+        (said({"type": "text", "text": 3}), "Got the text 3; need a string"),
+        ({"inputs": {"messages": 3}}, "Got the messages 3; need a list of dicts with role and content"),
         ({"inputs": {"image": 3}}, "Got a picture of type int; need base64"),
         ({"inputs": {"messages": ["hello"]}}, "Got the message hello; need a dict with role and content"),
         ({"inputs": {"messages": [], "text": "a three"}}, "Got messages and other conditions"),
@@ -110,7 +127,7 @@ def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None
         ({"inputs": "a three", "parameters": {"negative_prompt": "a four"}}, "Got the parameter(s) negative_prompt"),
         ({"inputs": {"class": 12}}, "12"),
         ({"inputs": "<|image_start|>"}, "<|image_start|>"),
-        ({"inputs": "a", "question": ""}, "Got a picture that cannot be read"),
+        ({"inputs": "a", "question": "which digit?"}, "which holds no image that Pillow can read"),
     ],
 )
 def test_a_bad_request_is_refused_with_what_to_send_instead(endpoint, body, message) -> None:
@@ -125,7 +142,10 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(endpoint) 
     assert len(bomb) < 20_000
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(endpoint, {"inputs": {"image": base64.b64encode(bomb).decode()}})
-    assert "5000 x 4000 are more than 16777216 pixels" in json.load(refused.value)["error"]
+    assert (
+        "Got an image of 4000x5000 = 20000000 pixels; need at most max_pixels = 16777216"
+        in json.load(refused.value)["error"]
+    )
 
 
 def test_an_empty_question_is_refused_and_the_client_says_why(client, three, tmp_path) -> None:
