@@ -128,7 +128,8 @@ def test_a_modality_that_is_done_is_skipped_while_the_other_goes_on(guidance_sca
     assert not out.latents.equal(plain.latents)
 
 
-def test_where_no_conditions_are_seen_a_frozen_modality_that_is_done_is_noise_like_any_other() -> None:
+@pytest.mark.parametrize("frozen_after", ["selected", 5, 6])
+def test_where_no_conditions_are_seen_a_frozen_modality_that_is_done_is_noise_like_any_other(frozen_after) -> None:
     model, inputs = tiny_model(), batch(["both"])
     text = (inputs["target_mask"] == 1) & (inputs["input_ids"] == model.config.text_target_token_id)
     seen, denoise = [], MDMModel.denoise
@@ -137,13 +138,18 @@ def test_where_no_conditions_are_seen_a_frozen_modality_that_is_done_is_noise_li
         seen.append((latents, layout))
         return denoise(self, latents, layout, *rest)
 
+    def freeze(model, step, timesteps, tensors):
+        return {"frozen": text} if step == frozen_after else None
+
     options = {"modality_lag": 1.0, "guidance_scale": 2.0}
+    how = {"selection_tolerance": 0.0} if frozen_after == "selected" else {"callback_on_step_end": freeze}
+    call = 7 if frozen_after == 6 else 6  # the text has calls 0 to 5, the image those after them
     with mock.patch.object(MDMModel, "denoise", watch):
         drawn(model, inputs, **options)
-        plain = seen[7]  # the conditions, six calls for the text, and the first of the image
+        plain = seen[1 + call]  # the first pass reads the conditions
         seen.clear()
-        drawn(model, inputs, selection_tolerance=0.0, **options)
-        selected = seen[7]
+        drawn(model, inputs, **how, **options)
+        selected = seen[1 + call]
     assert selected[0][1].equal(plain[0][1])  # the half without conditions
     assert selected[1].level[1].equal(plain[1].level[1])
     assert selected[1].is_target[1].equal(plain[1].is_target[1])

@@ -174,15 +174,14 @@ class Denoiser:
     def predict(self, z: Tensor, tracks: list, step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
-        t, is_done = self._times(tracks, step), torch.zeros_like(self.layout.is_target)
-        for track in tracks:
-            if step >= track.last:
-                is_done[track.at] = True
-        if self.guided and self.has_frozen and any(step == track.last for track in tracks):
-            self.is_done, self.skipped = is_done, self.skipped & ~is_done  # noise now, to be projected once more
+        t, ended = self._times(tracks, step), [track for track in tracks if track.last == step]
+        for track in ended:
+            self.is_done[track.at] = True
+        if ended and self.guided and self.has_frozen:  # what is frozen of them is noise now, to be projected once more
+            self.skipped = self.skipped & ~self.is_done
             self._look()
         whole, live = z, self.live
-        z, is_done, noise = pick(z, live), is_done.gather(1, live), pick(self.noise, live)
+        z, is_done, noise = pick(z, live), self.is_done.gather(1, live), pick(self.noise, live)
         if self.guided:
             z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), noise, z)])
             t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
