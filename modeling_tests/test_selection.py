@@ -157,6 +157,17 @@ def test_where_no_conditions_are_seen_a_frozen_modality_that_is_done_is_noise_li
     assert int(changed.sum()) == int(text.sum())
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_with_guidance_what_was_skipped_is_projected_once_more_when_its_modality_is_done(guidance_scale) -> None:
+    model, inputs = tiny_model(), batch(["both"])
+    options = {"modality_lag": 1.0, "guidance_scale": guidance_scale}
+    out = drawn(model, inputs, selection_tolerance=3.0, **options)
+    live = out.num_live.flatten().tolist()
+    assert live[5] < live[0]  # some of the text is skipped
+    assert (live[6] == live[0]) == (guidance_scale > 1)  # all of it is noise now to the half without conditions
+    assert live[7] <= live[5]
+
+
 def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:
     model, inputs = tiny_model(), batch(KINDS)
     together = drawn(model, inputs, selection_tolerance=3.0)
