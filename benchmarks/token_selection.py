@@ -32,7 +32,7 @@ from mdm_hf.training.digits import digit_named_in, is_well_formed, load_digits_s
 
 
 MODEL = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
-TOLERANCES = (0.1, 0.3, 0.5, 1.0, 1.5)
+TOLERANCES = (0.1, 0.3, 0.5)
 TASKS = {"class to image": "image", "image to text": "text", "image and text": ("image", "text")}
 ROWS = 50
 PIXELS = 64  # a distance takes more pictures than a picture has pixels
@@ -156,9 +156,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="one tolerance and ten samples, to show that it runs")
     parser.add_argument("--model", default=MODEL, help="a model of the digits")
-    parser.add_argument("--num-samples", type=int, default=500, help="a task")
+    parser.add_argument("--num-samples", type=int, default=200, help="a task")
     parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
-    parser.add_argument("--map-tolerance", type=float, default=1.0)
+    parser.add_argument("--map-tolerance", type=float, default=0.5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--maps", type=Path, help="picture of where and when patches were frozen")

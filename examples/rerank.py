@@ -19,7 +19,7 @@ options = parser.parse_args()
 pipe = MDMPipeline.from_pretrained(options.model)
 drawn = pipe(text=options.text, generate="image", guidance_scale=1.0, num_return_sequences=options.num_samples, seed=0)
 images = [one["images"][0] for one in drawn]
-# log p(prompt | picture), a lower bound of it, with the same noise for all pictures
+# a lower bound of log p(prompt | picture)
 scores = pipe.score_choices(images=images, choices=[[options.text]] * len(images), seed=0)
 ranked = sorted(zip(images, scores, strict=True), key=lambda pair: -float(pair[1].log_likelihood[0]))
 cells = [(image, f"{score.log_likelihood[0]:.1f} ± {score.standard_error[0]:.1f} nats") for image, score in ranked]
