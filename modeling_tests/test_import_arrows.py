@@ -57,10 +57,17 @@ ARROWS: dict[str, set[str]] = {
     "prompts": set(),
     "solvers": CONFIGURATION | {"checkpoints"},
     "step_calibration": CONFIGURATION | {"sequence_layout", "scan_switch"},
+    "generation_configuration_mdm": {"step_calibration"},
     "generation_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"checkpoints", "denoiser", "solvers", "step_calibration"},  # called on self, so it never names the model
+    | {
+        "checkpoints",
+        "denoiser",
+        "generation_configuration_mdm",
+        "solvers",
+        "step_calibration",
+    },  # called on self, so it never names the model
     "denoiser": OPS | LAYOUT,
     "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
@@ -71,7 +78,14 @@ ARROWS: dict[str, set[str]] = {
     "modeling_mdm": CONFIGURATION
     | OPS
     | LAYOUT
-    | {"checkpoints", "generation_mdm", "modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention"}
+    | {
+        "checkpoints",
+        "generation_mdm",
+        "generation_configuration_mdm",
+        "modeling_mdm_vae",
+        "modeling_mdm_block",
+        "modeling_mdm_attention",
+    }
     | {"conversation_state", "modality_gate", "pixel_autoencoder", "scoring_mdm"},
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
@@ -80,10 +94,10 @@ ARROWS: dict[str, set[str]] = {
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
     "choice_scores": {"scoring_mdm"},
     "dialogue": {"conversation_state", "conversations", "prompts"},
-    "pipeline_mdm": CONFIGURATION
-    | PROCESSING
-    | MODELS
-    | {"checkpoints", "choice_scores", "conversation_state", "dialogue", "generation_mdm", "prompts", "solvers"},
+    "pipeline_loading": PROCESSING | MODELS | {"checkpoints", "generation_configuration_mdm", "solvers"},
+    "pipeline_mdm": PROCESSING
+    | {"checkpoints", "choice_scores", "conversation_state", "dialogue", "generation_configuration_mdm"}
+    | {"pipeline_loading", "prompts", "solvers"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT

@@ -6,7 +6,8 @@ from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mdm import MDMConfig, MDMVAEConfig
-from .generation_mdm import MDMGenerateOutput, MDMGenerationConfig
+from .generation_configuration_mdm import MDMGenerationConfig
+from .generation_mdm import MDMGenerateOutput
 from .image_processing_mdm import MDMImageProcessorPil
 from .modeling_mdm import MDMForMultiModalGeneration, MDMModel, MDMModelOutput, MDMOutput
 from .modeling_mdm_vae import MDMVAEModel

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
 from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
 from .denoiser import Denoiser
+from .generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from .input_checks import (
     as_generators,
     check_finite,
@@ -43,114 +43,8 @@ from .step_calibration import AUTO_STEPS, CALIBRATION_ROWS, MOST_STEPS, fewest_s
 
 logger = hf_logging.get_logger(__name__)
 
-SAMPLING_OPTIONS = (
-    "num_inference_steps",
-    "step_tolerance",
-    "guidance_scale",
-    "text_guidance_scale",
-    "text_temperature",
-    "modality_lag",
-    "strength",
-    "min_new_tokens",
-    "selection_tolerance",
-    "use_cache",
-)
 # What transformers' pipelines add to every call, beside the tokenizer's pad token; it says nothing about a canvas.
 PIPELINE_DEFAULTS = {"max_new_tokens": 256}
-
-
-class MDMGenerationConfig(GenerationConfig):
-    """How [`MDMForMultiModalGeneration.generate`] samples.
-
-    Args:
-        num_inference_steps: Solver steps of each modality, each a network call; both may move in the same one. "auto"
-            for the fewest that make the samples of 50 up to `step_tolerance`: measured on up to eight rows of the
-            first call of a kind, and remembered by the model.
-        step_tolerance: How far from those the latents may be, as a share of their spread, where the steps are "auto".
-        guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
-        text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
-        text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
-            likelier tokens sooner.
-        modality_lag: Where image and text are generated together, by what share of its steps one runs ahead: 0 both
-            at once, 1 the text is done before the image starts, -1 the reverse. It takes `num_inference_steps * (1 +
-            |modality_lag|)` network calls.
-        strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
-            it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
-            network calls.
-        min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
-        selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
-            are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
-            None is off.
-        use_cache: Compute the conditions once instead of in every step; the samples are the same.
-    """
-
-    pad_token_id = None  # pipelines of older transformers look for it
-
-    def __init__(self, **kwargs):
-        # The parent's token-by-token options do not apply and are left out.
-        self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
-        self.step_tolerance = kwargs.pop("step_tolerance", 0.1)
-        self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
-        self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
-        self.text_temperature = kwargs.pop("text_temperature", 1.0)
-        self.modality_lag = kwargs.pop("modality_lag", 1.0)
-        self.strength = kwargs.pop("strength", 1.0)
-        self.min_new_tokens = kwargs.pop("min_new_tokens", 0)
-        self.selection_tolerance = kwargs.pop("selection_tolerance", None)
-        self.use_cache = kwargs.pop("use_cache", True)
-        self._from_model_config = kwargs.pop("_from_model_config", False)
-        self._commit_hash = kwargs.pop("_commit_hash", None)
-        self._original_object_hash = None
-        self.transformers_version = kwargs.pop("transformers_version", None)
-        kwargs.pop("generation_config_class", None)
-        if kwargs:
-            raise ValueError(
-                f"Unknown generation option(s) {sorted(kwargs)}; MDM knows {', '.join(SAMPLING_OPTIONS[:-1])} and "
-                f"{SAMPLING_OPTIONS[-1]}."
-            )
-        self.validate()
-
-    def validate(self, **kwargs):
-        steps, lag = self.num_inference_steps, self.modality_lag
-        if steps != AUTO_STEPS and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
-        allowed = self.step_tolerance
-        if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 < allowed < float("inf"):
-            raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.1 is a tenth).")
-        for name in ("guidance_scale", "text_guidance_scale"):
-            scale = getattr(self, name)
-            if name == "text_guidance_scale" and scale is None:
-                continue
-            if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
-                raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
-        heat = self.text_temperature
-        if not isinstance(heat, int | float) or not 0 < heat < float("inf"):
-            raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
-        if not isinstance(lag, int | float) or not -1 <= lag <= 1:
-            raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
-        strength = self.strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
-            raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
-        least = self.min_new_tokens
-        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
-            raise ValueError(f"`min_new_tokens` is {least!r}; it must be a whole number, 0 or more.")
-        tolerance = self.selection_tolerance
-        if tolerance is not None:
-            if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1e9:
-                raise ValueError(f"`selection_tolerance` is {tolerance!r}; it must be a number, 0 or more, or None.")
-            if not self.use_cache:
-                raise ValueError("Got selection_tolerance with use_cache=False; it needs the cache; drop one of them.")
-
-    @staticmethod
-    def _get_default_generation_params() -> dict:
-        return {}
-
-    def get_generation_mode(self, *args, **kwargs):
-        raise NotImplementedError("MDM samples by diffusion; it has no token-by-token generation mode.")
-
-    @classmethod
-    def from_model_config(cls, *args, **kwargs):
-        raise NotImplementedError("A model config holds no generation options of MDM; use MDMGenerationConfig(...).")
 
 
 @dataclass
@@ -244,6 +138,7 @@ class MDMGenerationMixin:
     dtype: torch.dtype
     generation_config: MDMGenerationConfig
     output_modalities = ("image", "text")
+    found_steps: dict[str, int] | None = None  # of num_inference_steps="auto", by the kind of call
     scheduler: Any = None  # the repository's solver, if it has one; `default_scheduler()` otherwise
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *args, **kwargs):
@@ -398,8 +293,9 @@ class MDMGenerationMixin:
         solver = how["scheduler"] or self.scheduler
         told = solver if solver is None or isinstance(solver, str) else (type(solver).__name__, dict(solver.config))
         key = repr((bool(image.any()), bool(text.any()), sampling_options(config), told))
-        found = self.__dict__.setdefault("found_steps", {})
-        if key not in found:
+        if self.found_steps is None:
+            self.found_steps = {}
+        if key not in self.found_steps:
             rows = inputs if how["state"] is not None else first_rows(layout, CALIBRATION_ROWS, inputs)
             count = len(rows["input_ids"])
 
@@ -410,10 +306,10 @@ class MDMGenerationMixin:
 
             most = min(MOST_STEPS, self.config.num_train_timesteps)
             targets = [mask[:count] for mask in (image, text) if bool(mask[:count].any())]
-            found[key], errors = fewest_steps(draw, targets, config.step_tolerance, most)
+            self.found_steps[key], errors = fewest_steps(draw, targets, config.step_tolerance, most)
             measured = ", ".join(f"{steps}: {error:.3f}" for steps, error in errors.items())
-            logger.info(f"num_inference_steps='auto' is {found[key]} here; errors by steps: {measured}.")
-        return found[key]
+            logger.info(f"num_inference_steps='auto' is {self.found_steps[key]} here; errors by steps: {measured}.")
+        return self.found_steps[key]
 
     def default_scheduler(self) -> DPMSolverMultistepScheduler:
         return default_solver(self.config)
@@ -480,7 +376,3 @@ class MDMGenerationMixin:
                 image = self.model.decode_image(latents[row][at].view(h, w, -1), is_known, *sources)
                 images[row].append(check_finite(image, "image").clamp(-1, 1))
         return MDMGenerateOutput(sequences=sequences, images=images, latents=latents)
-
-
-def sampling_options(config) -> dict:
-    return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}

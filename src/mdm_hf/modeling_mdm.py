@@ -25,7 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoints import GENERATION_CONFIG, SOLVER, MDMCheckpointMixin
 from .configuration_mdm import MDMConfig
 from .conversation_state import MDMConversationMixin
-from .generation_mdm import MDMGenerationConfig, MDMGenerationMixin
+from .generation_configuration_mdm import MDMGenerationConfig
+from .generation_mdm import MDMGenerationMixin
 from .input_checks import check_inputs, check_labels
 from .modality_gate import MDMModalityGateMixin
 from .modeling_mdm_attention import MDMAttentionBlock

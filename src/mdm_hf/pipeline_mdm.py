@@ -9,42 +9,29 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from types import FunctionType
 
 import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .checkpoints import ADAPTER_CONFIG, GENERATION_CONFIG, SOLVER, hub_options, read_json
+from .checkpoints import GENERATION_CONFIG, SOLVER, hub_options
 from .choice_scores import ChoiceScores, score_choices
 from .conversation_state import MDMConversationState
 from .conversations import AUTO, MODALITIES, as_modalities
 from .dialogue import MDMDialogue
-from .generation_mdm import MDMGenerationConfig
-from .modeling_mdm import MDMForMultiModalGeneration
+from .generation_configuration_mdm import SAMPLING_OPTIONS
+from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
 from .prompts import CONDITIONS, read_prompts, whole_number
-from .solvers import load_solver, solver_named
+from .solvers import solver_named
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
 PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
-GENERATE_OPTIONS = (
-    "num_inference_steps",
-    "step_tolerance",
-    "guidance_scale",
-    "text_guidance_scale",
-    "text_temperature",
-    "modality_lag",
-    "strength",
-    "min_new_tokens",
-    "selection_tolerance",
-    "scheduler",
-)
+GENERATE_OPTIONS = (*(name for name in SAMPLING_OPTIONS if name != "use_cache"), "scheduler")
 CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
 # How to reach the Hub, for all parts alike.
 ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -116,13 +103,7 @@ class MDMPipeline(Pipeline):
         defaults = {k: kwargs.pop(k) for k in (*PROCESSOR_OPTIONS, *GENERATE_OPTIONS, *CALL_OPTIONS) if k in kwargs}
         place = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
         access = {k: kwargs[k] for k in ACCESS if k in kwargs}
-        adapter = read_json(path, ADAPTER_CONFIG, **place, **access)
-        if adapter is None:
-            model = MDMForMultiModalGeneration.from_pretrained(path, **kwargs)
-            processor = MDMProcessor.from_pretrained(path, **place, **access)
-        else:
-            of_model = {k: v for k, v in kwargs.items() if k not in place}
-            model, processor = _adapted(path, adapter, place, access, of_model)
+        model, processor = load_parts(path, place, access, kwargs)
         return cls(model.eval(), processor, compile=compile, device=device, batch_size=batch_size, **defaults)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -418,42 +399,6 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
-
-
-def _adapted(path, adapter: dict, place: dict, access: dict, of_model: dict):
-    """The base model of an adapter with the adapter on it, and the processor of the two."""
-    base = adapter.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"Got {path}, an adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; need the model that it "
-            "was trained on; load that with MDMPipeline.from_pretrained(...), then load_adapter(...) this."
-        )
-    of_base = {"revision": adapter["revision"]} if adapter.get("revision") else {}
-    model = MDMForMultiModalGeneration.from_pretrained(base, **of_base, **of_model)
-    model.load_adapter(str(path), adapter_kwargs=place | access)
-    # A pipeline with an adapter saves these beside it.
-    if (saved := read_json(path, GENERATION_CONFIG, **place, **access)) is not None:
-        model.generation_config = MDMGenerationConfig(**saved)
-    model.scheduler = load_solver(path, **place, **access) or model.scheduler
-    has_own = read_json(path, "processor_config.json", **place, **access) is not None
-    processor = MDMProcessor.from_pretrained(path if has_own else base, **(place if has_own else of_base), **access)
-    return model, processor
-
-
-def _call_block(layer, *args, **kwargs):
-    return layer._call_impl(*args, **kwargs)
-
-
-def compile_blocks(layers, mode: str | None = None) -> None:
-    """Has `torch.compile` run the blocks of a model, all of them by the same few graphs.
-
-    PyTorch keeps graphs, and limits their number, by code object: with a copy of the code for each model, no model
-    takes the place of another one's. Where the limit is reached, what has no graph runs without, after a warning.
-    """
-    call_block = FunctionType(_call_block.__code__.replace(), globals())
-    compiled = torch.compile(call_block, dynamic=True, mode=mode)
-    for layer in layers:
-        layer._compiled_call_impl = partial(compiled, layer)  # where `torch.nn.Module.compile` leaves its own
 
 
 def _first_seed(seed: int | None) -> int:

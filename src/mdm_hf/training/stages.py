@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_mdm import MDMConfig
-from ..generation_mdm import MDMGenerationConfig, sampling_options
+from ..generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor

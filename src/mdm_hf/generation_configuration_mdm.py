@@ -1,0 +1,117 @@
+"""How a model samples: the options of `generate`, saved with the model as generation_config.json."""
+
+from transformers import GenerationConfig
+
+from .step_calibration import AUTO_STEPS
+
+
+SAMPLING_OPTIONS = (
+    "num_inference_steps",
+    "step_tolerance",
+    "guidance_scale",
+    "text_guidance_scale",
+    "text_temperature",
+    "modality_lag",
+    "strength",
+    "min_new_tokens",
+    "selection_tolerance",
+    "use_cache",
+)
+
+
+class MDMGenerationConfig(GenerationConfig):
+    """How [`MDMForMultiModalGeneration.generate`] samples.
+
+    Args:
+        num_inference_steps: Solver steps of each modality, each a network call; both may move in the same one. "auto"
+            for the fewest that make the samples of 50 up to `step_tolerance`: measured on up to eight rows of the
+            first call of a kind, and remembered by the model.
+        step_tolerance: How far from those the latents may be, as a share of their spread, where the steps are "auto".
+        guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
+        text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
+        text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
+            likelier tokens sooner.
+        modality_lag: Where image and text are generated together, by what share of its steps one runs ahead: 0 both
+            at once, 1 the text is done before the image starts, -1 the reverse. It takes `num_inference_steps * (1 +
+            |modality_lag|)` network calls.
+        strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
+            it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
+            network calls.
+        min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
+        selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
+            are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
+            None is off.
+        use_cache: Compute the conditions once instead of in every step; the samples are the same.
+    """
+
+    pad_token_id = None  # pipelines of older transformers look for it
+
+    def __init__(self, **kwargs):
+        # The parent's token-by-token options do not apply and are left out.
+        self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
+        self.step_tolerance = kwargs.pop("step_tolerance", 0.1)
+        self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
+        self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
+        self.text_temperature = kwargs.pop("text_temperature", 1.0)
+        self.modality_lag = kwargs.pop("modality_lag", 1.0)
+        self.strength = kwargs.pop("strength", 1.0)
+        self.min_new_tokens = kwargs.pop("min_new_tokens", 0)
+        self.selection_tolerance = kwargs.pop("selection_tolerance", None)
+        self.use_cache = kwargs.pop("use_cache", True)
+        self._from_model_config = kwargs.pop("_from_model_config", False)
+        self._commit_hash = kwargs.pop("_commit_hash", None)
+        self._original_object_hash = None
+        self.transformers_version = kwargs.pop("transformers_version", None)
+        kwargs.pop("generation_config_class", None)
+        if kwargs:
+            raise ValueError(
+                f"Unknown generation option(s) {sorted(kwargs)}; MDM knows {', '.join(SAMPLING_OPTIONS[:-1])} and "
+                f"{SAMPLING_OPTIONS[-1]}."
+            )
+        self.validate()
+
+    def validate(self, **kwargs):
+        steps, lag = self.num_inference_steps, self.modality_lag
+        if steps != AUTO_STEPS and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
+        allowed = self.step_tolerance
+        if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 < allowed < float("inf"):
+            raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.1 is a tenth).")
+        for name in ("guidance_scale", "text_guidance_scale"):
+            scale = getattr(self, name)
+            if name == "text_guidance_scale" and scale is None:
+                continue
+            if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+                raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
+        heat = self.text_temperature
+        if not isinstance(heat, int | float) or not 0 < heat < float("inf"):
+            raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
+        if not isinstance(lag, int | float) or not -1 <= lag <= 1:
+            raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
+        strength = self.strength
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
+        least = self.min_new_tokens
+        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+            raise ValueError(f"`min_new_tokens` is {least!r}; it must be a whole number, 0 or more.")
+        tolerance = self.selection_tolerance
+        if tolerance is not None:
+            if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1e9:
+                raise ValueError(f"`selection_tolerance` is {tolerance!r}; it must be a number, 0 or more, or None.")
+            if not self.use_cache:
+                raise ValueError("Got selection_tolerance with use_cache=False; it needs the cache; drop one of them.")
+
+    @staticmethod
+    def _get_default_generation_params() -> dict:
+        return {}
+
+    def get_generation_mode(self, *args, **kwargs):
+        raise NotImplementedError("MDM samples by diffusion; it has no token-by-token generation mode.")
+
+    @classmethod
+    def from_model_config(cls, *args, **kwargs):
+        raise NotImplementedError("A model config holds no generation options of MDM; use MDMGenerationConfig(...).")
+
+
+def sampling_options(config) -> dict:
+    return {name: getattr(config, name) for name in SAMPLING_OPTIONS if getattr(config, name, None) is not None}
