@@ -356,8 +356,8 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = {row["variant"]: row["training"] for row in found["rows"] if row["training"].get("losses")}
-    has_curves = len({json.dumps(one["losses"]) for one in curves.values()}) > 1
+    curves = [(i, row) for i, row in enumerate(found["rows"]) if row["training"].get("losses")]
+    has_curves = len({json.dumps(row["training"]["losses"]) for _, row in curves}) > 1
     figure = pyplot.figure(figsize=(11, 7.2 if has_curves else 3.6), constrained_layout=True)
     grid = figure.add_gridspec(2 if has_curves else 1, 2)
     axis = figure.add_subplot(grid[0, :])
@@ -382,8 +382,9 @@ def plot(found: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_losses(curves: dict[str, dict], axes: list) -> None:
-    for number, (name, training) in enumerate(curves.items()):
+def _plot_losses(curves: list[tuple[int, dict]], axes: list) -> None:
+    for number, row in curves:
+        name, training = row["variant"], row["training"]
         steps, pace = np.asarray(training["losses"]["step"]), training["cpu_seconds"] / training["steps"]
         for line, kind in (("-", "image"), (":", "text")):
             values = np.asarray(training["losses"][kind])
