@@ -53,10 +53,15 @@ def best_matrix_product(device: str, dtype: torch.dtype = torch.float32) -> tupl
 
 def peak_memory(work: Callable[..., Callable[[], object]], *arguments) -> float:
     """MiB that the first call of `work(*arguments)()` needs beyond what `work(*arguments)` had set up. Linux only."""
+    return in_own_process(_memory_of, work, arguments)
+
+
+def in_own_process(function: Callable, *arguments):
+    """What `function(*arguments)` returns in a fresh process with one thread."""
     context = multiprocessing.get_context("forkserver")  # each call in a fresh process, which need not import anew
     context.set_forkserver_preload(["mdm_hf.ssd", "transformers.models.mamba2.modeling_mamba2"])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(send, work, arguments))
+    process = context.Process(target=_send_result, args=(send, function, arguments))
     process.start()
     send.close()  # so that a child that dies without an answer ends the wait
     result = receive.recv()
@@ -64,20 +69,28 @@ def peak_memory(work: Callable[..., Callable[[], object]], *arguments) -> float:
     return result
 
 
-def _measure_memory(send, work, arguments) -> None:
+def _send_result(send, function, arguments) -> None:
     torch.set_num_threads(1)
+    send.send(function(*arguments))
+
+
+def _memory_of(work, arguments) -> float:
     call = work(*arguments)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        send.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the peak starts anew, from what is resident now
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    start_peak_anew()
     before = resident("VmRSS")
     call()
-    send.send((resident("VmHWM") - before) / 1024)
+    return (resident("VmHWM") - before) / 1024
+
+
+def start_peak_anew() -> None:
+    """The peak "VmHWM" starts from what is resident now. Linux only."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def resident(field: str) -> int:

@@ -4,8 +4,8 @@
         environment = os.environ | hub.environment(token=WRITE_TOKEN, cache=folder)   # of a process that uses it
 
 Knows what huggingface_hub asks for when models are pushed and pulled: accounts, creation, commits with large files,
-listings, downloads by branch or commit, private repositories, stale parents. Not: pull requests, other branches than
-main, datasets, Xet.
+listings, downloads by branch or commit, private repositories, stale parents, branches, front matter of cards, large
+files that it has already. Not: pull requests, datasets, Xet.
 """
 
 import base64
@@ -18,8 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 WRITE_TOKEN = "hf_writer"
+LICENSES = ("apache-2.0", "mit", "other")  # some of those that the Hub knows
 LARGE = (".safetensors", ".png", ".bin")  # kept apart from the small files, behind a redirect, as on the Hub
 
 API = re.compile(
@@ -30,20 +33,21 @@ RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<pa
 
 @dataclass
 class Repository:
-    """Commits, oldest first: each a sha and all files of its tree."""
+    """Commits of all branches, oldest first: each a sha and all files of its tree; and the last one of each branch."""
 
     is_private: bool
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
         self.commits.append((sha, files))
+        self.branches[branch] = sha
         return sha
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if revision in ("main", "HEAD"):
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit[0] == revision), None)
+        sha = self.branches.get("main" if revision == "HEAD" else revision, revision)
+        return next((commit for commit in self.commits if commit[0] == sha), None)
 
 
 class LoopbackHub:
@@ -52,6 +56,7 @@ class LoopbackHub:
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}  # large files by their sha256
+        self.uploads_left: int | None = None  # large files that still get through, if not all
         self.requests: list[str] = []
         hub = self
 
@@ -185,8 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(404, f"{match['folder']} does not exist", "EntryNotFound", commit=sha)
             self._json(found)
         elif verb == "refs":
-            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": sha}
-            self._json({"branches": [main], "tags": [], "converts": []})
+            heads = repository.branches.items()
+            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": head} for name, head in heads]
+            self._json({"branches": branches, "tags": [], "converts": []})
         else:
             raise _Refusal(404, f"This hub has no {self.path}")
 
@@ -209,12 +215,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             self._create(json.loads(self.body))
         elif self.path == "/api/validate-yaml":
-            self._json({"errors": [], "warnings": []})
+            errors = [{"message": fault} for fault in faults_of_card(json.loads(self.body)["content"])]
+            self._send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
         elif self.path.endswith(".git/info/lfs/objects/batch"):
             self._need_writer()
             wanted = json.loads(self.body)["objects"]
-            uploads = [{"upload": {"href": f"{self.state.storage}/storage/{one['oid']}"}} for one in wanted]
-            objects = [one | {"actions": actions} for one, actions in zip(wanted, uploads, strict=True)]
+            objects = []
+            for one in wanted:  # what is there already, needs no upload
+                upload = {"upload": {"href": f"{self.state.storage}/storage/{one['oid']}"}}
+                objects.append(one | ({} if one["oid"] in self.state.uploads else {"actions": upload}))
             self._json({"transfer": "basic", "objects": objects})
         elif match := API.fullmatch(self.path):
             repository = self._repository(match["repo"])
@@ -227,7 +236,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json([_entry(path, files[path]) for path in wanted if path in files])
             elif match["verb"] == "commit":
                 self._need_writer()
-                self._commit(match["repo"], repository, [json.loads(line) for line in self.body.splitlines()])
+                lines = [json.loads(line) for line in self.body.splitlines()]
+                self._commit(match["repo"], repository, match["revision"], lines)
+            elif match["verb"] == "branch":
+                self._need_writer()
+                if match["revision"] in repository.branches:
+                    raise _Refusal(409, "Reference already exists")
+                repository.branches[match["revision"]] = repository.branches["main"]
+                self._json({})
             else:
                 raise _Refusal(404, f"This hub has no {self.path}")
         else:
@@ -245,8 +261,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self._json(url)
 
-    def _commit(self, name: str, repository: Repository, lines: list[dict]):
-        head, files = repository.commits[-1]
+    def _commit(self, name: str, repository: Repository, branch: str, lines: list[dict]):
+        head, files = self._tree(repository, branch)
         files = dict(files)
         for line in lines:
             value = line["value"]
@@ -263,16 +279,38 @@ class _Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             elif line["key"] == "deletedFolder":
                 files = {path: one for path, one in files.items() if not path.startswith(value["path"])}
-        sha = repository.commit(files)
+        sha = repository.commit(files, branch)
         url = f"{self.state.endpoint}/{name}/commit/{sha}"
         self._json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def _put(self):
         digest = self.path.removeprefix("/storage/")
+        if self.state.uploads_left is not None:
+            self.state.uploads_left -= 1
+            if self.state.uploads_left < 0:
+                raise _Refusal(403, "The line is cut.")
         if hashlib.sha256(self.body).hexdigest() != digest:
             raise _Refusal(400, "The upload is not what was announced.")
         self.state.uploads[digest] = self.body
         self._send(200)
+
+
+def faults_of_card(text: str) -> list[str]:
+    """What the Hub refuses in a card's front matter: what is of the wrong shape, or names no task."""
+    parts = text.split("---\n", 2)
+    data = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    if not isinstance(data, dict):
+        return ["empty or missing yaml metadata"]
+    faults = [f'"{name}" must be a string' for name in ("license", "pipeline_tag") if type(data.get(name)) is not str]
+    if data.get("license") not in LICENSES:
+        faults.append(f'"license" must be one of {LICENSES}')
+    faults += [f'"{name}" must be an array' for name in ("tags", "widget") if not isinstance(data.get(name, []), list)]
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            whole = result.get("task", {}).get("type") and result.get("dataset", {}).get("type")
+            if not whole or not all({"type", "value"} <= set(metric) for metric in result["metrics"]):
+                faults.append('"model-index" needs task.type, dataset.type and metrics with type and value')
+    return faults
 
 
 def _entry(path: str, content: bytes) -> dict:

@@ -1,1 +1,1 @@
-"""What stands in a repository on the Hub beside the model: the entry of Inference Endpoints."""
+"""From a folder to the Hub and to users: model cards, push and pull, the entry of Inference Endpoints."""

@@ -1,0 +1,357 @@
+"""Claims about cards, `mdm push` and `mdm pull`: a card says what the files beside it say; what is pushed is whole,
+and checked before the Hub hears of it; what was stopped goes on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from loopback_hub import WRITE_TOKEN, LoopbackHub
+from PIL import Image, ImageChops
+from tiny import tiny_model
+
+from mdm_hf import MDMPipeline
+from mdm_hf.cli import main
+from mdm_hf.publishing.card import MADE_BY, NOTES, card_of, check_card, read_notes, write_card
+from mdm_hf.publishing.examples import checkpoint_hash, draw_examples, drawn_examples, enlarged
+from mdm_hf.publishing.repository import check_weights, pull, push, requirements, staged
+
+
+ROOT = Path(__file__).parents[1]
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+DIGITS = ROOT / "model_cards" / "mdm-digits"
+TRAINED = [folder for folder in CARDS if (folder / "model.safetensors").is_file()]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[LoopbackHub]:
+    """A Hub that this process talks to, as somebody who may write."""
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of mdm-digits to do things to."""
+    return Path(shutil.copytree(DIGITS, tmp_path / "mdm-digits"))
+
+
+def files(hub: LoopbackHub, name: str, revision: str = "main") -> dict[str, bytes]:
+    return hub.repositories[name].at(revision)[1]
+
+
+@pytest.fixture(scope="module")
+def trip(tmp_path_factory) -> dict:
+    script = Path(__file__).parent / "hub_round_trip.py"
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "TMPDIR": str(tmp_path_factory.mktemp("trip"))}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_model_goes_to_the_hub_and_back_and_answers_as_its_card_says(trip) -> None:
+    assert trip["card validated before anything was made"]
+    assert trip["the picture that the endpoint draws is the widget's"]
+    assert trip["the widget's own answer"] in trip["answers about it"]
+    assert trip["files listed"] == trip["files pulled"] > 40
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_the_card_that_is_there_is_what_the_folder_says(folder, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert (folder / "README.md").read_text(encoding="utf-8") == card_of(folder.relative_to(ROOT))
+    check_card((folder / "README.md").read_text(encoding="utf-8"), folder)
+
+
+@pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
+def test_the_outputs_on_the_card_are_what_the_weights_make(folder, tmp_path) -> None:
+    again = Path(shutil.copytree(folder, tmp_path / folder.name))
+    (again / "examples.json").unlink()
+    examples = read_notes(again)["examples"]
+    assert draw_examples(again, examples)
+    for old, new in zip(drawn_examples(folder, examples), drawn_examples(again, examples), strict=True):
+        assert old == new
+        if "image" in old["made"]:
+            with Image.open(folder / old["made"]["image"]) as a, Image.open(again / new["made"]["image"]) as b:
+                assert max(most for _, most in ImageChops.difference(a, b).convert("RGB").getextrema()) <= 8
+    assert not draw_examples(again, examples)
+
+
+def test_presets_without_weights_are_called_untrained() -> None:
+    for folder in CARDS:
+        is_said = "**Untrained.**" in (folder / "README.md").read_text(encoding="utf-8")
+        assert is_said == (folder not in TRAINED)
+
+
+def test_every_score_on_the_card_is_the_one_in_the_file_and_has_a_task_of_the_hub() -> None:
+    results = ModelCard.load(DIGITS / "README.md").data.eval_results
+    scores = json.loads((DIGITS / "scores.json").read_text())["scores"]
+    assert {one.metric_type: one.metric_value for one in results}.items() <= scores.items()
+    tasks = {one.metric_type: one.task_type for one in results}
+    assert tasks["question_answering"] == "visual-question-answering"
+    assert tasks["text_to_image"] == "text-to-image"
+    assert tasks["image_and_text_agree"] == "any-to-any"
+
+
+def test_settings_and_intervals_stand_beside_the_scores() -> None:
+    text = (DIGITS / "README.md").read_text(encoding="utf-8")
+    assert "| class to image, right | 0.986 | 0.978, 0.994 | at least 0.95 |" in text
+    assert "num_samples 500" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("pipeline_tag: any-to-any", "pipeline_tag: mind-reading"), "the task 'mind-reading', which is none"),
+        (("type: text-to-image", "type: text-to-thought"), "the task 'text-to-thought', which is none"),
+        (("library_name: transformers", "library_name: mdm-hf"), "the library 'mdm-hf', which is none"),
+        (("license: apache-2.0\n", ""), "Got a card with no license; need one that the Hub accepts"),
+        (("url: examples/1.png", "url: examples/9.png"), "the picture examples/9.png, which is not in"),
+        (("widget:\n", "widget:\n- no mapping\n"), "the widget example 'no mapping', which is no mapping"),
+        (("](demo.png)", "](lost.png)"), "the picture lost.png, which is not in"),
+        (("language:\n", "language: [\n"), "Got a card whose front matter is not the Hub's"),
+    ],
+)
+def test_a_card_that_the_hub_would_refuse_is_refused_here(change, message) -> None:
+    text = (DIGITS / "README.md").read_text(encoding="utf-8")
+    assert change[0] in text
+    with pytest.raises(ValueError, match=message):
+        check_card(text.replace(*change), DIGITS)
+
+
+def test_scores_and_examples_of_other_weights_are_refused(folder) -> None:
+    draws = MDMPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(draws.model.parameters()).add_(1e-3)
+    draws.model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="scores of the weights .* beside the weights .*; need scores of these"):
+        card_of(folder)
+    (folder / "scores.json").unlink()
+    with pytest.raises(ValueError, match="examples.json is missing, or of other weights or examples"):
+        card_of(folder)
+
+
+def test_an_evaluation_says_which_benchmark_and_weights_it_was_of(folder, monkeypatch) -> None:
+    told = {"scores": {"class_to_image": 0.5}, "settings": {"hash": "0"}, "seconds": 0.0}
+    monkeypatch.setattr("mdm_hf.evaluation.benchmarks.run_benchmark", lambda *_: dict(told))
+    main(["evaluate", "--model", str(folder), "--output", str(folder / "scores.json")])
+    assert "0.500" in card_of(folder)
+    found = json.loads((folder / "scores.json").read_text())
+    assert (found["benchmark"], found["weights"]) == ("digits", checkpoint_hash(folder))
+
+
+@pytest.mark.parametrize("missing", ["benchmark", "weights", "scores"])
+def test_a_result_without_its_origin_is_refused(folder, missing) -> None:
+    result = json.loads((folder / "scores.json").read_text())
+    del result[missing]
+    (folder / "scores.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"scores.json without {missing}; need what `mdm evaluate --output` writes"):
+        card_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("summry: mine", "card.yaml with \\['summry'\\]; need a mapping with some of name, summary"),
+        ("- a list", "card.yaml with list; need a mapping"),
+        ("{", "card.yaml, which is not YAML"),
+    ],
+)
+def test_notes_that_are_not_understood_are_refused(folder, text, message) -> None:
+    (folder / "card.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_notes(folder)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"prompt": "three"}, "Got the example {'prompt': 'three'}; need a mapping with some of text, image"),
+        ({"image": "lost.png"}, "Got an example with the picture lost.png; need a file in"),
+        ("three", "Got the example 'three'"),
+    ],
+)
+def test_examples_that_are_not_understood_are_refused(folder, example, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_examples(folder, [example])
+
+
+def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    assert main(["card", str(folder)]) == 2
+    assert "README.md, which `mdm card` did not make; it would be lost" in capsys.readouterr().err
+    assert (folder / "README.md").read_text().endswith("Mine.\n")
+    assert main(["card", str(folder), "--overwrite"]) == 0
+    assert MADE_BY in (folder / "README.md").read_text()
+
+
+def test_a_folder_without_notes_gets_a_card_of_what_is_known(folder) -> None:
+    for name in ("card.yaml", "examples.json", "README.md"):
+        (folder / name).unlink()
+    recipe = {"data": {"digits": {}}, "stages": {"diffusion": {"max_steps": 12, "learning_rate": 0.5}}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    text = write_card(folder, "org/mine").read_text()
+    assert "**Trained on** the recipe's data: digits." in text
+    assert "| diffusion | 12 |  | 0.5 |" in text
+    assert NOTES["limits"] in text
+    assert 'pipeline(model="org/mine", trust_remote_code=True)' in text
+    assert "license: other" in text
+
+
+def test_speed_is_on_the_card_where_it_was_measured(folder) -> None:
+    rows = [{"task": "text to image", "batch": 16, "seconds": 0.0123, "peak_mib": 412.4}]
+    machine = {"device": "A chip", "threads": 1, "torch": "2"}
+    (folder / "speed.json").write_text(json.dumps({"machine": machine, "num_inference_steps": 20, "rows": rows}))
+    assert "| text to image | 16 | 0.0123 | 412 MiB |" in card_of(folder)
+
+
+def test_the_hash_of_weights_does_not_depend_on_their_files(tmp_path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    assert checkpoint_hash(tmp_path / "one") == checkpoint_hash(tmp_path / "many")
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert checkpoint_hash(tmp_path / "one") != checkpoint_hash(tmp_path / "other")
+
+
+def test_small_pictures_are_enlarged_without_blur() -> None:
+    image = Image.new("L", (8, 16))
+    image.putpixel((7, 0), 255)
+    large = enlarged(image)
+    assert large.size == (256, 512)
+    assert set(large.get_flattened_data() if hasattr(large, "get_flattened_data") else large.getdata()) == {0, 255}
+    assert enlarged(Image.new("L", (300, 400))).size == (300, 400)
+
+
+def test_a_push_that_was_stopped_leaves_no_commit_and_sends_only_the_rest(hub, folder) -> None:
+    hub.uploads_left = 2
+    with pytest.raises(OSError, match="no further than half of org/mine"):
+        push(folder, "org/mine", max_shard_size="500KB")
+    assert len(hub.repositories["org/mine"].commits) == 1  # the one that made it
+    arrived, hub.uploads_left = set(hub.uploads), None
+    assert arrived
+    hub.requests.clear()
+    push(folder, "org/mine", max_shard_size="500KB", message="Second try")
+    sent = {line.removeprefix("PUT /storage/") for line in hub.requests if line.startswith("PUT")}
+    assert sent
+    assert not sent & arrived
+    assert len(hub.repositories["org/mine"].commits) == 2
+
+
+def test_a_branch_gets_the_push_and_main_stays(hub, folder, tmp_path) -> None:
+    push(folder, "org/mine", revision="better")
+    assert set(files(hub, "org/mine")) == {".gitattributes"}
+    assert "handler.py" in files(hub, "org/mine", "better")
+    pull("org/mine", tmp_path / "pulled", revision="better")
+    assert (tmp_path / "pulled" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_public_repository_is_no_place_for_a_private_push(hub, folder) -> None:
+    push(folder, "org/public")
+    with pytest.raises(
+        ValueError, match="Got --private for org/public, which is there and public; need a private one"
+    ):
+        push(folder, "org/public", private=True)
+    push(folder, "org/secret", private=True)
+    assert hub.repositories["org/secret"].is_private
+    push(folder, "org/secret", private=True)
+
+
+def test_the_hubs_own_refusal_of_a_card_comes_before_anything_is_made(hub, folder) -> None:
+    text = (DIGITS / "README.md").read_text(encoding="utf-8").replace(MADE_BY, "")
+    (folder / "README.md").write_text(text.replace("license: apache-2.0", "license: mine"), encoding="utf-8")
+    with pytest.raises(ValueError, match='"license.*" must be one of'):
+        push(folder, "org/mine")
+    assert not hub.repositories
+
+
+def test_a_card_that_somebody_wrote_is_pushed_as_it_is(hub, folder) -> None:
+    text = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: any-to-any\n---\nMine.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    push(folder, "org/mine")
+    assert files(hub, "org/mine")["README.md"].decode() == text
+
+
+def test_a_dry_run_lists_everything_and_asks_the_hub_nothing(hub, folder, capsys) -> None:
+    assert main(["push", str(folder), "org/mine", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert not hub.requests
+    assert {"model.safetensors", "modeling_mdm.py", "handler.py"} <= set(shown.split())
+    assert 'MDMPipeline.from_pretrained("org/mine")' in shown
+
+
+def test_an_untrained_preset_is_pushed_without_weights(hub) -> None:
+    push(ROOT / "model_cards" / "mdm-base", "org/mdm-base")
+    pushed = files(hub, "org/mdm-base")
+    assert "config.json" in pushed
+    assert not [name for name in pushed if name.endswith(".safetensors")]
+    assert b"**Untrained.**" in pushed["README.md"]
+
+
+def test_what_is_no_model_is_not_pushed(hub, tmp_path, capsys) -> None:
+    assert main(["push", str(tmp_path), "org/mine"]) == 2
+    assert "without config.json; need the folder of a saved model; name that" in capsys.readouterr().err
+    assert not hub.requests
+
+
+def test_an_endpoint_is_told_to_install_all_but_torch(folder) -> None:
+    with staged(folder, "org/mine") as target:
+        lines = (target / "requirements.txt").read_text().split()
+    assert lines == requirements()
+    assert [line for line in lines if line.startswith("transformers")]
+    assert not [line for line in lines if line.startswith("torch")]
+
+
+def test_a_pull_into_a_folder_of_other_things_is_refused(hub, folder, tmp_path, capsys) -> None:
+    push(folder, "org/mine")
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "thesis.txt").write_text("years of work")
+    assert main(["pull", "org/mine", str(tmp_path / "busy")]) == 2
+    assert "which holds other things than an earlier pull; need a new folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "busy").iterdir()] == ["thesis.txt"]
+    assert main(["pull", "org/mine", str(tmp_path / "new")]) == 0
+    assert main(["pull", "org/mine", str(tmp_path / "new")]) == 0
+
+
+def test_a_pull_of_half_a_model_names_the_file(hub, folder, tmp_path) -> None:
+    push(folder, "org/mine", max_shard_size="500KB")
+    tree = dict(files(hub, "org/mine"))
+    shard = next(name for name in sorted(tree) if name.endswith(".safetensors"))
+    hub.repositories["org/mine"].commit(tree | {shard: tree[shard][:1000]})
+    with pytest.raises(ValueError, match=f"with a {shard} that cannot be read"):
+        pull("org/mine", tmp_path / "half")
+    hub.repositories["org/mine"].commit({name: content for name, content in tree.items() if name != shard})
+    with pytest.raises(ValueError, match=f"with a {shard} that cannot be read"):
+        pull("org/mine", tmp_path / "less")
+
+
+def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    shutil.copy(second, first)
+    with pytest.raises(ValueError, match=f"with a {first.name} without .*; need it as its index says"):
+        check_weights(tmp_path)
+
+
+def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, capsys) -> None:
+    assert main(["pull", "org/nowhere", str(tmp_path / "new")]) == 2
+    assert "Repository" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""What a checkpoint makes of the examples on its card: drawn once, kept beside it with the hash of its weights."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from ..evaluation.results import file_hash, settings_hash
+from ..pipeline_mdm import MDMPipeline
+
+
+EXAMPLES, FOLDER = "examples.json", "examples"
+KEYS = ("text", "image", "class_id", "generate", "seed")
+LEAST_SIDE = 256  # pixels: smaller pictures are enlarged by whole numbers, or a browser blurs them
+
+
+def checkpoint_hash(folder: Path) -> str | None:
+    """What tells the weights of one folder from another's, in however many files they lie: 16 hexadecimal digits, None
+    where there are none."""
+    where: dict[str, Path] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+    digest = hashlib.sha256()
+    for name in sorted(where):
+        with safe_open(where[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16] if where else None
+
+
+def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None = None) -> bool:
+    """Has the checkpoint in `folder` make what the examples ask for; nothing if it already did.
+
+    Args:
+        examples: Dicts of text, image (a file of the folder), class_id, generate, seed (0), each at will.
+        pipe: The checkpoint, if it is loaded already.
+
+    Returns:
+        Whether anything was drawn.
+
+    Raises:
+        ValueError: no weights; an example with other keys, with a picture that is not there, or that is refused.
+    """
+    for example in examples:
+        if not isinstance(example, dict) or set(example) - set(KEYS):
+            raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
+        if "image" in example and not (folder / example["image"]).is_file():
+            raise ValueError(f"Got an example with the picture {example['image']}; need a file in {folder}.")
+    if not examples or (folder / EXAMPLES).is_file() and _key(folder, examples) == _read(folder)["key"]:
+        return False
+    if checkpoint_hash(folder) is None:
+        raise ValueError(f"Got {folder} with examples and no weights; need both, or no examples; take them away.")
+    pipe = pipe or MDMPipeline.from_pretrained(str(folder), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    drawn = []
+    for number, example in enumerate(examples, start=1):
+        conditions: dict[str, Any] = {"text": example.get("text"), "class_ids": example.get("class_id")}
+        if "image" in example:
+            with Image.open(folder / example["image"]) as image:
+                conditions["images"] = image.copy()
+        wanted = {"generate": example["generate"]} if "generate" in example else {}
+        result = pipe(**conditions, **wanted, seed=example.get("seed", 0))[0]  # type: ignore[index]
+        made = {"text": " ".join(result["text"])} if result["text"] else {}
+        if result["images"]:
+            made["image"] = f"{FOLDER}/{number}.png"
+            enlarged(result["images"][0]).save(folder / made["image"])
+        drawn.append(example | {"made": made})
+    found = {"key": _key(folder, examples), "examples": drawn}
+    (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return True
+
+
+def drawn_examples(folder: Path, examples: list[dict]) -> list[dict]:
+    """The examples, each with what was "made" of it.
+
+    Raises:
+        ValueError: they were not drawn, or by other weights.
+    """
+    if not examples:
+        return []
+    if not (folder / EXAMPLES).is_file() or _key(folder, examples) != _read(folder)["key"]:
+        raise ValueError(
+            f"Got {folder} whose {EXAMPLES} is missing, or of other weights or examples; need what these weights make "
+            "of these; draw them with `mdm card`."
+        )
+    return _read(folder)["examples"]
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A picture at least `LEAST_SIDE` pixels wide and high, every pixel of it a square."""
+    factor = -(-LEAST_SIDE // min(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _key(folder: Path, examples: list[dict]) -> str:
+    pictures = [file_hash(folder / one["image"]) for one in examples if "image" in one]
+    return settings_hash({"weights": checkpoint_hash(folder), "examples": examples, "pictures": pictures})
+
+
+def _read(folder: Path) -> dict:
+    return json.loads((folder / EXAMPLES).read_text(encoding="utf-8"))

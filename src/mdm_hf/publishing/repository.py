@@ -1,0 +1,188 @@
+"""Models to the Hub and back: `mdm push`, `mdm pull`.
+
+- What is pushed is one commit with all that a user needs: weights, processor, solver, the code, the card, the entry of
+  Inference Endpoints. It is put together and checked in full before the Hub is asked for anything.
+- A push or a pull that was stopped is run again: the Hub keeps the large files that had arrived, in shards of
+  `max_shard_size`, and does not ask for them again; a pull asks for the rest of a file.
+- The commit comes last, so that nobody ever sees half a model.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import requires
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoints import AGAIN
+from ..configuration_mdm import MDMConfig
+from ..pipeline_mdm import MDMPipeline
+from .card import CARD, NOTES_FILE, SPEED, card_of, check_card, is_generated, read_notes
+from .examples import EXAMPLES, FOLDER, checkpoint_hash, draw_examples
+
+
+HANDLER = Path(__file__).parent / "handler.py"
+MARK = Path(".cache", "huggingface")  # where huggingface_hub notes what it has fetched
+NOT_FOR_ENDPOINTS = {"torch"}  # the server brings it
+
+
+@contextmanager
+def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[Path]:
+    """A temporary folder with all that is to be pushed of the model in `folder`.
+
+    Args:
+        folder: A trained model with its processor; or config.json alone, of a model that is untrained.
+        repo_id: Named in the code that the card shows.
+
+    Raises:
+        ValueError: a model that does not load, a card that the Hub would refuse.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
+    with TemporaryDirectory(prefix="mdm-push-") as name:
+        target = Path(name)
+        if checkpoint_hash(folder) is None:
+            MDMConfig.from_pretrained(folder).save_pretrained(name)
+        else:
+            pipe = MDMPipeline.from_pretrained(str(folder), device="cpu", dtype="auto")
+            pipe.save_pretrained(name, max_shard_size=max_shard_size)
+            shutil.copy(HANDLER, target)
+            (target / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
+        _add_card(folder, target, repo_id)
+        yield target
+
+
+def requirements() -> list[str]:
+    """What the code of a repository needs, beside torch, which the server of Inference Endpoints brings."""
+    needed = [line for line in requires("mdm-hf") or () if "extra ==" not in line]
+    return sorted(line for line in needed if not line.startswith(tuple(NOT_FOR_ENDPOINTS)))
+
+
+def _add_card(folder: Path, target: Path, repo_id: str) -> None:
+    """The card into the staged folder, with all that it shows: somebody's own, or one that is made for the weights.
+    Examples that have to be drawn for it are kept in the model's folder."""
+    own = folder / CARD
+    text = own.read_text(encoding="utf-8") if own.is_file() else ""
+    if not text or is_generated(own):
+        draw_examples(folder, read_notes(folder)["examples"])
+        text = card_of(folder, repo_id)
+    (target / CARD).write_text(text, encoding="utf-8")
+    for path in sorted(folder.iterdir()):
+        if path.name in (NOTES_FILE, SPEED, EXAMPLES) or path.match("*scores*.json") or path.match("*.png"):
+            shutil.copy(path, target)
+    if (folder / FOLDER).is_dir():
+        shutil.copytree(folder / FOLDER, target / FOLDER)
+    check_card(text, target)
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    max_shard_size: str = "5GB",
+    token: str | None = None,
+) -> str:
+    """Pushes a model with its code, card and endpoint in one commit.
+
+    Args:
+        folder: Of the model, as `mdm train` and `save_pretrained` write it.
+        repo_id: owner/name, made if it is not there.
+        private: Whether a new repository is private.
+        revision: Branch, made if it is not there; main if None.
+        message: Of the commit.
+        max_shard_size: Of a file of weights: what a push that was stopped may have to send again.
+        token: The one that `hf auth login` keeps if None.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: what cannot be pushed as it is: see [`staged`]; a public repository where `private` was asked for.
+        OSError: the Hub refuses, or is not reached.
+    """
+    api = HfApi(token=token)
+    with staged(folder, repo_id, max_shard_size) as target:
+        ModelCard.load(target / CARD).validate()  # by the Hub's own rules, before anything is made there
+        try:
+            is_public = not api.repo_info(repo_id).private
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private)
+        else:
+            if private and is_public:
+                raise ValueError(
+                    f"Got --private for {repo_id}, which is there and public; need a private one; change its settings "
+                    "on the Hub, or give another name."
+                )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            done = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=target,
+                revision=revision,
+                commit_message=message or f"Upload {folder.resolve().name} with mdm push",
+            )
+        except RuntimeError as error:  # huggingface_hub's, of a file that did not get through
+            raise OSError(
+                f"Got no further than half of {repo_id} ({error}); need all of its files there, before which "
+                "none is visible; push again, what had arrived is not sent again."
+            ) from error
+    return done.commit_url
+
+
+def pull(
+    repo_id: str, folder: Path, revision: str | None = None, overwrite: bool = False, token: str | None = None
+) -> Path:
+    """Fetches a whole repository into a folder and checks that it is whole. Runs nothing of what it fetches.
+
+    Args:
+        repo_id: owner/name.
+        folder: New, or of an earlier pull, which then goes on.
+        revision: Branch, tag or commit; main if None.
+        overwrite: Write into a folder that holds other things.
+
+    Raises:
+        ValueError: the folder holds other things; weights that are missing or not whole.
+        OSError: the Hub refuses, or is not reached.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_dir() and not overwrite:
+        raise ValueError(
+            f"Got {folder}, which holds other things than an earlier pull; need a new folder; name one, or give "
+            "--overwrite."
+        )
+    snapshot_download(repo_id, revision=revision, local_dir=folder, token=token)
+    check_weights(folder)
+    return folder
+
+
+def sizes_on_hub(repo_id: str, revision: str | None = None, token: str | None = None) -> dict[str, int]:
+    """Bytes of each file of a repository."""
+    entries = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses weights of which a file is missing or not whole.
+
+    Raises:
+        ValueError: with the file's name.
+    """
+    index = folder / "model.safetensors.index.json"
+    where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    for name in sorted(set(where.values()) | {path.name for path in folder.glob("*.safetensors")}):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                held = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"Got {folder} with a {name} that cannot be read ({error}); need it whole; {AGAIN}"
+            ) from error
+        if missing := {key for key, file in where.items() if file == name} - held:
+            raise ValueError(f"Got {folder} with a {name} without {min(missing)}; need it as its index says; {AGAIN}")
