@@ -88,6 +88,7 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.diffusion.data=[other]", "Got stages.diffusion.data with other; the recipe has digits"),
         ("stages.tokenizer.vocab_size=300", "need both or neither; name a folder as 'processor'"),
         ("processor={patch_size: 2}", "need both or neither; name a folder as 'processor'"),
+        ("processor={from: model_cards/mdm-digits, patch_size: 2}", "Got the key 'patch_size' in processor"),
         ("data.digits=x", "Got data.digits: 'x'; need at least a 'path'"),
         ("data.digits.path=3", "need at least a 'path'"),
         ("data.digits.weight=heavy", "Got data.digits.weight 'heavy'; need a number"),

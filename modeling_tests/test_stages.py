@@ -212,6 +212,17 @@ def test_bad_rows_are_counted_by_kind_and_refused_where_the_recipe_says_so(pictu
         [strict[i] for i in range(64)]
 
 
+def test_a_recipe_has_the_processor_of_a_folder_with_what_it_says_otherwise():
+    spec = load_recipe(ROOT / "recipes" / "digits_second.yaml", [f"processor.from={ROOT / 'model_cards/mdm-digits'}"])
+    processor = make_processor(spec)
+    pictures = [Image.new("L", size) for size in ((8, 8), (16, 8), (24, 24))]
+    rows = processor(images=pictures, generate="text", return_tensors="pt")
+    assert rows["image_grid_hw"].tolist() == [[4, 4], [4, 8], [12, 12]]
+    as_it_is = make_processor(spec | {"processor": spec["processor"]["from"]})
+    assert processor.tokenizer.get_vocab() == as_it_is.tokenizer.get_vocab()
+    assert as_it_is(images=pictures, generate="text", return_tensors="pt")["image_grid_hw"].tolist() == [[4, 4]] * 3
+
+
 def test_a_text_that_the_processor_refuses_is_a_bad_row(pictures, run, tmp_path):
     long = tmp_path / "long"
     shutil.copytree(pictures, long)

@@ -26,7 +26,7 @@ from .latent_cache import LatentCache
 from .mix import ConversationMix, StreamingMix
 from .muon import MuonWithAdamW, muon_for
 from .readers import read_source
-from .recipe import MUON, OF_STAGE, stage_options
+from .recipe import MUON, OF_STAGE, builds_processor, stage_options
 from .records import BadRow, with_images
 from .tokenizer import build_tokenizer
 
@@ -40,8 +40,8 @@ DIGITS = "digits"  # the path of scikit-learn's, which are no file
 def make_processor(recipe: dict) -> MDMProcessor:
     """The recipe's processor: loaded, or built from the texts of its data by the tokenizer stage and kept."""
     spec = recipe["processor"]
-    if not isinstance(spec, dict):
-        return MDMProcessor.from_pretrained(spec)
+    if not builds_processor(recipe):
+        return _loaded_processor({"from": spec} if isinstance(spec, str) else spec)
     folder = Path(recipe["output_dir"]) / "processor"
     if not folder.is_dir():
         stage = recipe["stages"]["tokenizer"]
@@ -62,6 +62,16 @@ def make_processor(recipe: dict) -> MDMProcessor:
         unfinished.rename(folder)
         print(f"Built a tokenizer of {len(tokenizer)} tokens; texts to generate have {kept['max_new_tokens']}.")
     return MDMProcessor.from_pretrained(folder)
+
+
+def _loaded_processor(spec: dict) -> MDMProcessor:
+    """The processor of a folder, with what the recipe would have otherwise."""
+    changes = dict(spec)
+    processor = MDMProcessor.from_pretrained(changes.pop("from"))
+    if changes:
+        options = processor.image_processor.to_dict() | changes
+        processor.image_processor = type(processor.image_processor).from_dict(options)
+    return processor
 
 
 def _why_no_text(recipe: dict) -> str:

@@ -13,7 +13,7 @@ from ..processing_mdm import MDMProcessor
 from .assembly import IMAGE_SIZE, freeze, make_arguments, make_config, make_mix, make_processor
 from .memory import TrainingEstimate, estimate_training, largest_batch
 from .pictures import LOOK_AT, some_examples
-from .recipe import OF_FITTED, STAGES, stage_options
+from .recipe import OF_FITTED, STAGES, builds_processor, stage_options
 from .trainer import ConversationCollator
 
 
@@ -27,7 +27,7 @@ def dry_run(recipe: dict) -> Iterator[tuple[str, TrainingEstimate]]:
     that the recipe's processor can make: an image and a text.
     """
     spec, root = recipe["processor"], Path(recipe["output_dir"])
-    built = not isinstance(spec, dict) or (root / "processor").is_dir()
+    built = not builds_processor(recipe) or (root / "processor").is_dir()
     processor = make_processor(recipe) if built else None
     for name in STAGES:
         if name in OF_FITTED or name not in recipe["stages"]:

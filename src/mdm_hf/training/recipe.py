@@ -34,6 +34,7 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
     "max_new_tokens",
     "num_classes",
 )
+LOADED_PROCESSOR = ("from", "do_resize", "aspect_ratio_buckets")  # what a recipe may say of one that is there
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
 FREEZE = ("vae", "encoder")
@@ -127,10 +128,8 @@ def check_recipe(recipe: dict) -> None:
     vae_config = _typed("model.config.vae_config", config.get("vae_config", {}), dict, "keys under it")
     _known("model.config.vae_config", vae_config, list(MDMVAEConfig.__dataclass_fields__))
     _known("stages", stages, STAGES)
-    builds = isinstance(recipe["processor"], dict)
-    if builds:
-        _check_processor(recipe["processor"])
-    if builds != ("tokenizer" in stages):
+    _check_processor(recipe["processor"])
+    if builds_processor(recipe) != ("tokenizer" in stages):
         raise ValueError(
             "Got a 'processor' to build without a tokenizer stage, or that stage with a finished processor; need "
             "both or neither; name a folder as 'processor', or give stages.tokenizer.vocab_size."
@@ -152,7 +151,17 @@ def check_recipe(recipe: dict) -> None:
         )
 
 
-def _check_processor(spec: dict) -> None:
+def builds_processor(recipe: dict) -> bool:
+    """Whether the tokenizer stage makes the processor; else it is there."""
+    return isinstance(recipe["processor"], dict) and "from" not in recipe["processor"]
+
+
+def _check_processor(spec: dict | str) -> None:
+    if isinstance(spec, str):
+        return
+    if "from" in spec:
+        _known("processor", spec, LOADED_PROCESSOR)
+        return
     _known("processor", spec, PROCESSOR)
     size = spec.get("image_size", [1, 1])
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) for side in size):

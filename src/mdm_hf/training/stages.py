@@ -39,7 +39,7 @@ from .assembly import (
 )
 from .gate import HELD_OUT, fit_gate
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
-from .recipe import MUON, OF_FITTED, STAGES, stage_options
+from .recipe import MUON, OF_FITTED, STAGES, builds_processor, stage_options
 from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
 
 
@@ -119,7 +119,7 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
     kept = root / "recipe.yaml"
     if used and kept.is_file():
         _check_same_run(recipe, yaml.safe_load(kept.read_text(encoding="utf-8")), root, names)
-    if not isinstance(recipe["processor"], dict) or (root / "processor").is_dir():
+    if not builds_processor(recipe) or (root / "processor").is_dir():
         processor = make_processor(recipe)
         for name in names:
             if name not in OF_FITTED:
