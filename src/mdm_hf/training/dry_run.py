@@ -26,7 +26,7 @@ def dry_run(recipe: dict) -> Iterator[tuple[str, TrainingEstimate]]:
     The rows are like the longest of a few of the data; where there is no processor or no data yet, like the largest
     that the recipe's processor can make: an image and a text.
     """
-    spec, root = recipe["processor"], Path(recipe["output_dir"])
+    root = Path(recipe["output_dir"])
     built = not builds_processor(recipe) or (root / "processor").is_dir()
     processor = make_processor(recipe) if built else None
     for name in STAGES:
