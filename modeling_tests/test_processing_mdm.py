@@ -488,7 +488,7 @@ def test_a_tokenizer_without_the_control_tokens_is_refused(processor: MDMProcess
     from transformers import PreTrainedTokenizerFast
 
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with refuses(r"Got a tokenizer without pad_token, bos_token, eos_token, .*; build it with conversion/"):
+    with refuses(r"Got a tokenizer without pad_token, bos_token, eos_token, .*; build it with mdm_hf.conversion"):
         MDMProcessor(processor.image_processor, plain)
 
 

@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from conversion.build_tokenizer import (
+from mdm_hf.configuration_mdm import MDMConfig
+from mdm_hf.conversion.build_tokenizer import (
     DIGITS_CHARACTERS,
     DIGITS_MAX_NEW_TOKENS,
     DIGITS_VOCAB_SIZE,
@@ -16,7 +17,6 @@ from conversion.build_tokenizer import (
     digits_corpus,
     main,
 )
-from mdm_hf.configuration_mdm import MDMConfig
 from mdm_hf.training.digits import DIGIT_WORDS, all_captions, all_questions_and_answers
 from mdm_hf.training.tokenizer import CONTROL_TOKENS, build_tokenizer, to_fast_tokenizer, train_sentencepiece
 

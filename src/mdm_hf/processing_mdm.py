@@ -62,7 +62,7 @@ class MDMProcessor(ProcessorMixin):
 
     Args:
         image_processor: [`MDMImageProcessorPil`].
-        tokenizer: A fast tokenizer with the control tokens of `conversion/build_tokenizer.py`.
+        tokenizer: A fast tokenizer with the control tokens of `mdm_hf.conversion.build_tokenizer`.
         chat_template: Jinja source; the standard layout if None.
         image_size: (height, width) in pixels of images to generate; the image processor's `size` if None.
         max_new_tokens: Length in tokens of the canvas of every text to generate.
@@ -93,7 +93,7 @@ class MDMProcessor(ProcessorMixin):
         if missing:
             raise ValueError(
                 f"Got a tokenizer without {', '.join(missing)}; need one with MDM's control tokens; build it with "
-                "conversion/build_tokenizer.py."
+                "mdm_hf.conversion.build_tokenizer."
             )
         self.max_new_tokens = positive("max_new_tokens", max_new_tokens)
         self.num_classes = num_classes

@@ -1,7 +1,7 @@
 """Builds a tokenizer from a file of text, or the whole processor of mdm-digits; see `mdm_hf.training.tokenizer`.
 
-python conversion/build_tokenizer.py --corpus text.txt --vocab-size 32000 --output tokenizer/
-python conversion/build_tokenizer.py --digits --output model_cards/mdm-digits/
+python -m mdm_hf.conversion.build_tokenizer --corpus text.txt --vocab-size 32000 --output tokenizer/
+python -m mdm_hf.conversion.build_tokenizer --digits --output model_cards/mdm-digits/
 """
 
 import argparse

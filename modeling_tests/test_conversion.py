@@ -1,0 +1,527 @@
+"""Claims about `mdm convert`: what goes out and comes back has every bit, a block that starts from a Mamba-2 is one,
+and a checkpoint that is damaged or hostile is refused in words, runs nothing, and leaves nothing half-written."""
+
+import json
+import os
+import pickle
+import string
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import model_with, save_autoencoder, tiny_config, tiny_model
+from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
+
+from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf.cli import main
+from mdm_hf.conversion.build_tokenizer import digits_corpus
+from mdm_hf.conversion.convert import convert
+from mdm_hf.conversion.files import new_file, new_folder
+from mdm_hf.conversion.keys import KeyTable, check_weights
+from mdm_hf.conversion.mamba2 import start_from_mamba2, to_mamba2
+from mdm_hf.sequence_layout import ScanPlan
+from mdm_hf.training.tokenizer import train_sentencepiece
+
+
+DIGITS = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
+WORDS = (
+    "héllo",
+    "日本語",
+    "🙂",
+    "e\u0301",
+    "<0x4F>",
+    "naïve",
+    "a\u200bb",
+    "שלום",
+    "مرحبا",
+    "ﬁne",
+    "½",
+    "x²",
+    "\u00a0",
+    "A\tB",
+    "12.5%",
+)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Same names, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def model() -> MDMForMultiModalGeneration:
+    return tiny_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def loop_checkpoint(model, path: Path, prefix: str = "module.", strip: str = "model.", **more) -> dict:
+    """What a training loop around a wrapped module saves."""
+    state = {prefix + name.removeprefix(strip): value for name, value in model.state_dict().items()}
+    averaged = {name: value * 0.5 for name, value in state.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3)}}, "param_groups": [{"lr": 1e-4}]}
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"}
+    held = {"model": state, "ema": averaged, "optimizer": optimizer, "step": 7, "config": fields} | more
+    torch.save(held, path)
+    return held
+
+
+def test_a_folder_goes_to_a_pt_and_back_with_every_bit(model, folder, tmp_path) -> None:
+    model.model.layers[1].norm.weight.data = model.model.layers[1].norm.weight.data.bfloat16()
+    model.save_pretrained(folder)
+    convert(folder, tmp_path / "out.pt")
+    convert(tmp_path / "out.pt", tmp_path / "back")
+    assert equal(load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+    ours, back = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "back"))
+    assert ours == back
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("strip", ["", "model."])
+def test_a_loops_checkpoint_loads_under_any_wrapper_and_goes_back_whole(model, tmp_path, prefix, strip) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt", prefix, strip)
+    convert(tmp_path / "step.pt", tmp_path / "ours")
+    state = MDMForMultiModalGeneration.from_pretrained(tmp_path / "ours").state_dict()
+    assert equal(state, {name: value * 0.5 for name, value in model.state_dict().items()})  # the average
+    convert(tmp_path / "ours", tmp_path / "again.pt")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    bare = {f"{name.removeprefix('model.')}": value for name, value in model.state_dict().items()}
+    assert equal(again["model"], bare)
+    assert equal(again["ema"], {name: value * 0.5 for name, value in bare.items()})
+    assert again["step"] == 7
+    assert torch.equal(again["optimizer"]["state"][0]["exp_avg"], held["optimizer"]["state"][0]["exp_avg"])
+    assert again["optimizer"]["param_groups"] == held["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda ema: {"shadow": ema, "decay": 0.9}, lambda ema: ema | {"n_averaged": torch.tensor(3)}]
+)
+def test_averages_are_found_in_their_usual_wrappings(model, tmp_path, wrapped) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt")
+    torch.save(held | {"ema": wrapped(held["ema"])}, tmp_path / "step.pt")
+    convert(tmp_path / "step.pt", tmp_path / "ema")
+    convert(tmp_path / "step.pt", tmp_path / "raw", use="model")
+    ema, raw = (MDMForMultiModalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("ema", "raw"))
+    assert equal(raw, model.state_dict())
+    assert equal(ema, {name: value * 0.5 for name, value in raw.items()})
+
+
+def test_bare_weights_take_the_config_and_the_processor_of_a_folder(tmp_path) -> None:
+    pipe = MDMPipeline.from_pretrained(DIGITS)
+    torch.save(pipe.model.state_dict(), tmp_path / "bare.pt")
+    assert main(["convert", str(tmp_path / "bare.pt"), "--to", str(tmp_path / "ours"), "--like", str(DIGITS)]) == 0
+    ours = MDMPipeline.from_pretrained(tmp_path / "ours")
+    one, other = (p(text="a three", generate="image", num_inference_steps=2, seed=0)[0] for p in (pipe, ours))
+    assert one["images"][0].tobytes() == other["images"][0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["model"].pop("module.norm.weight"), "weights without model.norm.weight; need all of the model's"),
+        (lambda h: h["model"].update({"module.mystery": torch.ones(1)}), "unknown names: mystery; need those of"),
+        (lambda h: h["model"].update({"module.layers.0.extra": torch.ones(1)}), "does not have: model.layers.0.extra"),
+        (
+            lambda h: h["model"].update({"module.norm.weight": torch.ones(5)}),
+            r"of shape \[5\]; the config makes it \[32\]",
+        ),
+        (
+            lambda h: h["model"].update({"module.norm.weight": torch.ones(32).int()}),
+            "torch.int32; need a floating-point",
+        ),
+        (
+            lambda h: h["model"]["module.norm.weight"].fill_(float("nan")),
+            "model.norm.weight with values that are not finite",
+        ),
+        (lambda h: h["config"].update(num_hidden_layers=300_000_000), "weights of 3 blocks and a config of 300000000"),
+        (lambda h: h["config"].update(hidden_size=-1), "with a config that is refused"),
+        (lambda h: h.pop("config"), "without a config; need one; give a preset or a model's folder with --like"),
+        (lambda h: h["model"].update({"module.x": 3}), "'module.x': int; need tensors by name"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, tmp_path, change, message) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt")
+    change(held)
+    torch.save(held, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "step.pt", tmp_path / "ours", use="model")
+    assert [path.name for path in tmp_path.iterdir()] == ["step.pt"]
+
+
+def test_an_average_that_is_not_there_is_not_taken(model, tmp_path) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt")
+    del held["ema"]
+    torch.save(held, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="without an average; need one of ema, model_ema in it; use the model"):
+        convert(tmp_path / "step.pt", tmp_path / "ours", use="ema")
+
+
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("where", ["alone", "in optimizer", "plain pickle"])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(model, tmp_path, where, capsys) -> None:
+    path, mark = tmp_path / "step.pt", tmp_path / "mark"
+    held = loop_checkpoint(model, path)
+    hostile = Hostile(mark) if where == "alone" else held | {"optimizer": {"state": Hostile(mark)}}
+    if where == "plain pickle":
+        path.write_bytes(pickle.dumps(hostile))
+    else:
+        torch.save(hostile, path)
+    assert main(["convert", str(path), "--to", str(tmp_path / "ours")]) == 2
+    said = capsys.readouterr().err
+    assert ("no archive of torch.save" if where == "plain pickle" else "it could run code and was not loaded") in said
+    assert [one.name for one in tmp_path.iterdir()] == ["step.pt"]
+    with open(path, "rb") as file:  # the test's own: it is hostile
+        torch.load(file, weights_only=False) if where != "plain pickle" else pickle.load(file)
+    assert mark.is_dir()
+
+
+def test_an_archive_that_would_unpack_to_more_than_itself_is_refused_unread(model, tmp_path) -> None:
+    loop_checkpoint(model, tmp_path / "step.pt")
+    with zipfile.ZipFile(tmp_path / "step.pt") as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content + bytes(2**22) if "/data/" in name else content)
+    with pytest.raises(ValueError, match="bomb.pt with records of .* bytes in all, more than the file has"):
+        convert(tmp_path / "bomb.pt", tmp_path / "ours")
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """A few bytes changed, cut off, put in or taken out."""
+    data = bytearray(content)
+    kind = rng.integers(4)
+    if kind == 0:
+        for place in rng.integers(len(data), size=rng.integers(1, 9)):
+            data[place] = rng.integers(256)
+    elif kind == 1:
+        del data[rng.integers(len(data)) :]
+    elif kind == 2:
+        place = rng.integers(len(data))
+        data[place:place] = rng.bytes(rng.integers(1, 64))
+    else:
+        place = rng.integers(len(data))
+        del data[place : place + rng.integers(1, 64)]
+    return bytes(data)
+
+
+def renamed(held: dict, rng: np.random.Generator) -> dict:
+    """A weight renamed, dropped, of another shape or dtype, or a field of the config made something else."""
+    state, fields = dict(held["model"]), dict(held["config"])
+    name = sorted(state)[rng.integers(len(state))]
+    kind = rng.integers(6)
+    if kind == 0:
+        state[name[: rng.integers(len(name))] + "x" * rng.integers(4)] = state.pop(name)
+    elif kind == 1:
+        del state[name]
+    elif kind == 2:
+        state[name] = torch.randn(tuple(rng.integers(1, 9, size=rng.integers(4))))
+    elif kind == 3:
+        state[name] = state[name].to([torch.int8, torch.complex64, torch.bool][rng.integers(3)])
+    elif kind == 4:
+        state[name] = [None, "text", 3, [1, 2], {"a": torch.ones(1)}][rng.integers(5)]
+    else:
+        field = sorted(fields)[rng.integers(len(fields))]
+        fields[field] = [None, -1, 0, 2**40, "text", [], {"a": 1}, 1e300][rng.integers(8)]
+    return held | {"model": state, "config": fields}
+
+
+def refusal(source: Path, target: Path, **more) -> str | None:
+    """What a conversion was refused with; None of one that was made. Other errors are the test's."""
+    try:
+        convert(source, target, **more)
+    except (ValueError, OSError) as error:
+        return str(error) or "no word"
+    return None
+
+
+def test_a_thousand_damaged_checkpoints_crash_nothing_run_nothing_and_leave_nothing_half(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(
+        tiny_config(
+            hidden_size=16,
+            num_hidden_layers=1,
+            vae_config={
+                "vocab_size": 20,
+                "num_channels": 1,
+                "latent_size": 2,
+                "hidden_size": 4,
+                "num_hidden_layers": 1,
+            },
+        )
+    )
+    place = tmp_path / "place"
+    place.mkdir()
+    path = place / "step.pt"
+    held = loop_checkpoint(model, path)
+    del held["ema"]
+    torch.save(held, path)
+    content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for trial in range(1000):
+        if trial % 2:
+            torch.save(renamed(held, rng), path)
+        else:
+            path.write_bytes(mutated(content, rng))
+        if error := refusal(path, place / "ours"):
+            refused += 1
+            assert [one.name for one in place.iterdir()] == ["step.pt"], (trial, error)
+        else:
+            back = load_file(place / "ours" / "model.safetensors")
+            assert len(back) == len(held["model"])
+            for one in sorted((place / "ours").rglob("*"), reverse=True):
+                one.unlink() if one.is_file() else one.rmdir()
+            (place / "ours").rmdir()
+    assert 300 < refused < 1000
+    assert [one.name for one in tmp_path.iterdir()] == ["place"]
+
+
+def test_damaged_safetensors_and_tokenizers_are_refused_in_words(model, tmp_path) -> None:
+    save_file(to_mamba2(model), tmp_path / "mamba.safetensors")
+    (tmp_path / "spm.model").write_bytes(train_sentencepiece(digits_corpus(), 384, "jq!'-:;", 1))
+    model.config.save_pretrained(tmp_path / "like")
+    rng, here = np.random.default_rng(0), sorted(one.name for one in tmp_path.iterdir())
+    for name, more in (("mamba.safetensors", {"like": str(tmp_path / "like"), "kind": "mdm"}), ("spm.model", {})):
+        content = (tmp_path / name).read_bytes()
+        for trial in range(60):
+            (tmp_path / name).write_bytes(mutated(content, rng))
+            error = refusal(tmp_path / name, tmp_path / "ours", overwrite=True, **more)
+            left = sorted(one.name for one in tmp_path.iterdir() if one.name != "ours")
+            assert left == here, (name, trial, error)
+
+
+def mamba2() -> Mamba2ForCausalLM:
+    """transformers' own, of the tiny model's sizes."""
+    torch.manual_seed(1)
+    config = Mamba2Config(
+        hidden_size=32,
+        num_hidden_layers=3,
+        state_size=8,
+        head_dim=16,
+        num_heads=4,
+        n_groups=1,
+        expand=2,
+        vocab_size=20,
+    )
+    other = Mamba2ForCausalLM(config)
+    for name, value in other.named_parameters():
+        if not name.endswith("A_log"):
+            torch.nn.init.normal_(value, std=0.3)
+    return other
+
+
+@pytest.mark.parametrize("form", ["folder", "pt"])
+def test_a_block_that_starts_from_a_mamba2_computes_what_it_does(tmp_path, form) -> None:
+    other = mamba2()
+    tiny_model(scan_directions=[1, 1]).save_pretrained(tmp_path / "like")
+    source = tmp_path / ("theirs" if form == "folder" else "theirs.pt")
+    if form == "folder":
+        other.save_pretrained(source)
+    else:
+        torch.save(other.state_dict(), source)
+    assert main(["convert", str(source), "--to", str(tmp_path / "ours"), "--like", str(tmp_path / "like")]) == 0
+    ours = MDMForMultiModalGeneration.from_pretrained(tmp_path / "ours").double()
+    length = 37
+    x = torch.randn(2, length, 32, dtype=torch.float64)
+    steps = torch.arange(length).view(1, -1, 1).expand(2, -1, 1)
+    real = torch.ones(2, length, 1, dtype=torch.bool)
+    plan = ScanPlan(steps, steps, real, real, ~real, None)
+    for i in range(3):
+        block = other.double().backbone.layers[i]
+        assert isinstance(block, Mamba2Block)
+        theirs, mine = block(x), ours.model.layers[i](x, plan)
+        assert torch.allclose(theirs, mine, rtol=1e-4, atol=1e-5), (theirs - mine).abs().max()
+    assert torch.equal(other.float().backbone.norm_f.weight, ours.float().model.norm.weight)
+    like = load_file(tmp_path / "like" / "model.safetensors")
+    assert torch.equal(like["latent_head.weight"], ours.latent_head.weight)
+
+
+def test_every_direction_of_a_mamba2_start_gives_the_mamba2_back_with_every_bit(tmp_path) -> None:
+    other = mamba2()
+    weights = {n: v for n, v in other.state_dict().items() if "embeddings" not in n and "lm_head" not in n}
+    model = tiny_model()
+    start_from_mamba2(model, weights)
+    model.save_pretrained(tmp_path / "ours")
+    for direction in range(4):
+        target = tmp_path / f"{direction}.safetensors"
+        convert(tmp_path / "ours", target, direction=direction)
+        assert equal(load_file(target), weights)
+    with pytest.raises(ValueError, match="Got direction 4 of a model with 4 .*; need one of its directions"):
+        convert(tmp_path / "ours", tmp_path / "4.safetensors", direction=4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 64}, r"model.layers.\d.*of shape .*; the config makes it"),
+        ({"num_hidden_layers": 4}, "weights without model.layers.3"),
+        ({"num_hidden_layers": 2}, "does not have: model.layers.2"),
+        ({"state_size": 16}, "of shape .*; the config makes it"),
+        ({"scan_sharing": "independent"}, "need 'mamba' blocks whose directions share their projections"),
+        ({"backbone": "transformer"}, "Got a model with backbone 'transformer'"),
+    ],
+)
+def test_a_mamba2_of_other_sizes_is_refused_by_name(overrides, message) -> None:
+    weights = {n: v for n, v in mamba2().state_dict().items() if "embeddings" not in n and "lm_head" not in n}
+    with pytest.raises(ValueError, match=message):
+        start_from_mamba2(tiny_model(**overrides), weights)
+
+
+def test_a_mamba2_with_more_groups_is_refused(tmp_path) -> None:
+    mamba2().save_pretrained(tmp_path / "theirs")
+    config = tmp_path / "theirs" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_groups": 2}))
+    with pytest.raises(ValueError, match="with 2 groups of B and C; a block of MDM has one"):
+        convert(tmp_path / "theirs", tmp_path / "ours", like="mdm-digits")
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "VQModel"])
+def test_an_autoencoder_goes_in_and_comes_out_with_every_bit(tmp_path, class_name) -> None:
+    save_autoencoder(tmp_path / "vae", class_name)
+    model_with(tmp_path / "vae", vae_config=tiny_config().vae_config.to_dict()).save_pretrained(tmp_path / "like")
+    convert(tmp_path / "vae", tmp_path / "ours", like=str(tmp_path / "like"))
+    ours = MDMForMultiModalGeneration.from_pretrained(tmp_path / "ours")
+    assert equal(ours.state_dict(), MDMForMultiModalGeneration.from_pretrained(tmp_path / "like").state_dict())
+    convert(tmp_path / "ours", tmp_path / "out", kind="autoencoder")
+    name = "diffusion_pytorch_model.safetensors"
+    assert equal(load_file(tmp_path / "vae" / name), load_file(tmp_path / "out" / name))
+    theirs, back = (json.loads((tmp_path / at / "config.json").read_text()) for at in ("vae", "out"))
+    assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in back.items() if k[0] != "_"}
+
+
+def texts() -> list[str]:
+    """315 strings: words, odd characters, and mixtures with white space of all sorts."""
+    rng = np.random.default_rng(0)
+    parts = [*WORDS, *string.punctuation, *(sentence for sentence in digits_corpus()[:40])]
+    joints = (" ", "  ", "\n", "\t", "", " ▁ ")
+    made = list(parts)
+    while len(made) < 315:
+        some = [parts[i] for i in rng.integers(len(parts), size=rng.integers(1, 5))]
+        made.append(joints[rng.integers(len(joints))].join(some) + joints[rng.integers(len(joints))])
+    return made[:315]
+
+
+def test_a_tokenizer_goes_to_sentencepiece_and_back_and_315_strings_have_the_same_ids(tmp_path) -> None:
+    convert(DIGITS, tmp_path / "spm.model")
+    convert(tmp_path / "spm.model", tmp_path / "back")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    ours, back = AutoTokenizer.from_pretrained(DIGITS), AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert ours.backend_tokenizer.to_str() == back.backend_tokenizer.to_str()
+    strings = texts()
+    assert len(strings) == 315
+    for text in strings:
+        ids = ours(text)["input_ids"]
+        assert theirs.encode(text) == ids == back(text)["input_ids"], text
+        assert theirs.decode(ids) == ours.decode(ids), text
+
+
+def test_a_sentencepiece_model_without_our_control_tokens_is_refused(tmp_path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(digits_corpus()), model_prefix=str(tmp_path / "plain"), vocab_size=90, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="no unigram model that begins with the control tokens <pad>"):
+        convert(tmp_path / "plain.model", tmp_path / "ours")
+
+
+def test_bfloat16_rounds_what_may_be_rounded_and_keeps_the_rest(tmp_path) -> None:
+    convert(DIGITS, tmp_path / "half", dtype="bfloat16")
+    whole, half = load_file(DIGITS / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    for name, value in half.items():
+        in_float = name.endswith(("A_log", "dt_bias", ".D"))
+        assert value.dtype == (torch.float32 if in_float else torch.bfloat16), name
+        assert torch.equal(value, whole[name].to(value.dtype)), name
+    assert {"README.md", "tokenizer.json", "card.yaml", "demo.png"} <= {p.name for p in (tmp_path / "half").iterdir()}
+    made = MDMPipeline.from_pretrained(tmp_path / "half")(text="a three", num_inference_steps=2, seed=0)
+    assert made[0]["images"]
+
+
+def test_shards_hold_the_same_bits_and_become_one_file_again(tmp_path) -> None:
+    convert(DIGITS, tmp_path / "shards", max_shard_size="500KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    convert(tmp_path / "shards", tmp_path / "one")
+    assert equal(load_file(DIGITS / "model.safetensors"), load_file(tmp_path / "one" / "model.safetensors"))
+    assert not list((tmp_path / "one").glob("*index.json"))
+
+
+def test_a_table_of_names_reads_the_same_both_ways() -> None:
+    table = KeyTable(("a.{i}.w", "b.{i}.weight"), ("c.{rest}", "d.{rest}"))
+    names = ["a.0.w", "a.12.w", "c.x.y"]
+    assert table.to_ours(names) == {"a.0.w": "b.0.weight", "a.12.w": "b.12.weight", "c.x.y": "d.x.y"}
+    assert list(table.to_theirs(table.to_ours(names).values()).values()) == names
+    with pytest.raises(ValueError, match="unknown names: a.x.w, e; need those of a.{i}.w"):
+        table.to_ours(["a.x.w", "e"])
+    with pytest.raises(ValueError, match="several become d.x"):
+        KeyTable(("a.{rest}", "d.{rest}"), ("c.{rest}", "d.{rest}")).to_ours(["a.x", "c.x"])
+
+
+def test_many_wrong_names_are_counted() -> None:
+    with pytest.raises(ValueError, match="weights without w0, w1, w2, w3, w4 and 3 more"):
+        check_weights({}, {f"w{i}": torch.ones(1) for i in range(8)})
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_what_fails_halfway_leaves_what_was_there(tmp_path, make: Callable) -> None:
+    target = tmp_path / "target"
+    if make is new_folder:
+        target.mkdir()
+        (target / "old").write_text("old")
+    else:
+        target.write_text("old")
+    with pytest.raises(ValueError, match="which is there; need a new name; give one, or --overwrite"), make(target):
+        pass
+
+    def write_half() -> None:
+        with make(target, overwrite=True) as unfinished:
+            (unfinished / "new" if unfinished.is_dir() else unfinished).write_text("new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert [one.name for one in tmp_path.iterdir()] == ["target"]
+    assert (target / "old" if target.is_dir() else target).read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, "nothing, which is not there; check the spelling"),
+        ("folder/x", b"", "folder, which is nothing that is known here; need a .pt, a .model"),
+        ("folder/config.json", b"{", "config.json, which is no JSON"),
+        ("step.pt", b"", "step.pt, which is no archive of torch.save"),
+    ],
+)
+def test_what_is_not_known_is_refused(tmp_path, capsys, name, content, message) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    source = path.parent if path.parent != tmp_path else path
+    assert main(["convert", str(source), "--to", str(tmp_path / "ours")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_conversion_that_there_is_not_is_refused(tmp_path, folder) -> None:
+    mamba2().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="for which there is no conversion; need one end of it to be a model of ours"):
+        convert(tmp_path / "theirs", tmp_path / "out.pt")
+    with pytest.raises(ValueError, match="a part of a model; need the rest; give --like FOLDER or PRESET"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(ValueError, match="without a pixel autoencoder; need a model that has one"):
+        convert(folder, tmp_path / "out", kind="autoencoder")

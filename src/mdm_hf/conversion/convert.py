@@ -1,0 +1,198 @@
+"""`mdm convert`: which conversion it is, what it needs, and where the result goes.
+
+from                                        to
+a .pt of a training loop                    a folder                            training_checkpoint.py
+a folder                                    a .pt
+a Mamba-2, folder or file                   a folder whose blocks start so      mamba2.py
+a folder                                    a .safetensors of a Mamba-2's names
+a diffusers autoencoder's folder            a folder with it built in
+a folder with one built in                  a diffusers folder, --as autoencoder
+a SentencePiece .model                      a tokenizer's folder                sentencepiece_model.py
+a folder with a tokenizer                   a .model
+a folder                                    a folder in another dtype, or in shards
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from ..configuration_mdm import MDM_PRESETS, MDMConfig
+from ..generation_configuration_mdm import MDMGenerationConfig
+from ..modeling_mdm import MDMForMultiModalGeneration
+from ..pipeline_mdm import MDMPipeline
+from ..pixel_autoencoder import CLASSES
+from ..processing_mdm import MDMProcessor
+from ..solvers import load_solver
+from .files import PICKLES, new_file, new_folder, read_pickle
+from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
+from .sentencepiece_model import from_sentencepiece, to_sentencepiece
+from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    kind: str | None = None,
+    like: str | None = None,
+    use: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    direction: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Converts `source` to `target`; see the module, and `mdm convert --help` for the arguments.
+
+    Returns:
+        What was made of what, in words.
+
+    Raises:
+        ValueError: what is not understood, not whole, or does not fit; then there is nothing at `target` that was not
+            there before.
+        OSError: what cannot be read or written.
+    """
+    came = kind_of(source)
+    goes = kind or {".pt": "training", ".model": "sentencepiece", ".safetensors": "mamba2"}.get(target.suffix, "mdm")
+    done = f"{source} ({came}) -> {target} ({goes})"
+    if goes == "sentencepiece":
+        made = to_sentencepiece(source)
+        with new_file(target, overwrite) as path:
+            path.write_bytes(made)
+    elif came == "sentencepiece" and goes == "mdm":
+        tokenizer = from_sentencepiece(source)
+        with new_folder(target, overwrite) as folder:
+            tokenizer.save_pretrained(folder)
+    elif goes == "training" and came == "mdm":
+        held = to_training(source)
+        with new_file(target, overwrite) as path:
+            torch.save(held, path)
+    elif goes == "mamba2" and came == "mdm":
+        weights = to_mamba2(read_model(source), direction)
+        with new_file(target, overwrite) as path:
+            save_file(weights, path, metadata={"format": "pt"})
+    elif goes == "autoencoder" and came == "mdm":
+        inside = read_model(source).base_model.pixel_autoencoder
+        if inside is None:
+            raise ValueError(f"Got {source} without a pixel autoencoder; need a model that has one; name that.")
+        with new_folder(target, overwrite) as folder:
+            inside.autoencoder.save_pretrained(folder)
+    elif goes != "mdm":
+        raise ValueError(f"Got {done}, for which there is no conversion; need one end of it to be a model of ours.")
+    elif came == "mdm":
+        _rewrite(source, target, dtype, max_shard_size, overwrite)
+    else:
+        model = _read(source, came, like, use, seed)
+        if like is not None and Path(like).is_dir():
+            model.generation_config = MDMGenerationConfig.from_pretrained(like)
+            model.scheduler = load_solver(like)
+        if dtype is not None:
+            model = model.to(DTYPES[dtype])
+        processor = _processor(like)
+        with new_folder(target, overwrite) as folder:
+            saved = MDMPipeline(model, processor, device="cpu") if processor else model
+            saved.save_pretrained(folder, max_shard_size=max_shard_size)
+            if state := getattr(model, "training_state", None):
+                torch.save(state, folder / STATE)
+        if processor is None:
+            done += "; there is no processor in it: --like FOLDER adds that of a folder"
+    return done
+
+
+def kind_of(source: Path) -> str:
+    """What a file or folder is.
+
+    Raises:
+        ValueError: nothing that is known.
+        OSError: it is not there.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"Got {source}, which is not there; check the spelling.")
+    if source.suffix == ".model":
+        return "sentencepiece"
+    if source.suffix == ".safetensors":
+        return "mamba2"
+    if source.suffix in PICKLES:
+        held = read_pickle(source)
+        names = [WRAPPERS.sub("", str(name)) for name in held] if isinstance(held, dict) else []
+        return "mamba2" if any(name.startswith("backbone.layers.") for name in names) else "training"
+    config = source / "config.json"
+    fields = {}
+    if config.is_file():
+        try:
+            fields = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Got {config}, which is no JSON ({error}); need it whole.") from error
+    if fields.get("model_type") == "mdm" or (source / "tokenizer.json").is_file():
+        return "mdm"
+    if fields.get("_class_name") in CLASSES:
+        return "autoencoder"
+    if fields.get("model_type") == "mamba2" or "d_model" in fields:
+        return "mamba2"
+    raise ValueError(
+        f"Got {source}, which is nothing that is known here; need a .pt, a .model, a .safetensors of a Mamba-2, or a "
+        "folder with config.json of MDM, a Mamba-2 or an autoencoder of diffusers."
+    )
+
+
+def _read(source: Path, came: str, like: str | None, use: str | None, seed: int) -> MDMForMultiModalGeneration:
+    if came == "training":
+        return from_training(source, _config(like) if like else None, use)
+    if like is None:
+        raise ValueError(f"Got {source} ({came}), a part of a model; need the rest; give --like FOLDER or PRESET.")
+    torch.manual_seed(seed)
+    is_trained = like not in MDM_PRESETS and any(Path(like).glob("*.safetensors"))
+    if came == "mamba2":
+        weights = read_mamba2(source)
+        if is_trained:
+            model = MDMForMultiModalGeneration.from_pretrained(like)
+        else:
+            model = MDMForMultiModalGeneration(_config(like))
+        start_from_mamba2(model, weights)
+        return model.eval()
+    config = _config(like).with_pixel_autoencoder(str(source))
+    model = MDMForMultiModalGeneration(config)
+    if is_trained:
+        own = {name: value for name, value in model.state_dict().items() if ".pixel_autoencoder." in name}
+        model = assembled(read_model(Path(like)).state_dict() | own, config)
+    return model.load_pixel_autoencoder(str(source)).eval()
+
+
+def _config(like: str) -> MDMConfig:
+    if like in MDM_PRESETS:
+        return MDMConfig.from_preset(like)
+    if not (Path(like) / "config.json").is_file():
+        raise ValueError(f"Got --like {like}; need a model's folder, or one of {', '.join(MDM_PRESETS)}.")
+    return MDMConfig.from_pretrained(like)
+
+
+def _processor(like: str | None) -> MDMProcessor | None:
+    has_one = like is not None and (Path(like) / "processor_config.json").is_file()
+    return MDMProcessor.from_pretrained(like) if has_one else None
+
+
+def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> None:
+    """A folder of ours in another dtype or in other files; what else it holds comes along."""
+    saved = MDMForMultiModalGeneration.from_pretrained(source, dtype=DTYPES[dtype]) if dtype else read_model(source)
+    if (processor := _processor(str(source))) is not None:
+        saved = MDMPipeline(saved, processor, device="cpu")
+    with new_folder(target, overwrite) as folder:
+        saved.save_pretrained(folder, max_shard_size=max_shard_size)
+        for path in source.iterdir():
+            is_weights = path.name.endswith(WEIGHTS) or re.fullmatch(r"__pycache__|\..*", path.name)
+            if is_weights or (folder / path.name).exists():
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copy(path, folder)

@@ -1,0 +1,135 @@
+"""What conversions read and write: weights out of files that may be anybody's, folders that are whole or not there.
+
+- A pickle is read with `weights_only=True`: it runs nothing, and one that asks for more than tensors is refused.
+- A `.pt` of torch is an archive of uncompressed records. One whose records are longer than the file itself is refused
+  before anything is read of it.
+- What is written lies in a folder beside its place until it is whole.
+"""
+
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def read_pickle(path: Path) -> Any:
+    """What a `.pt` holds: tensors, numbers, texts, and lists and dicts of them; tensors on the CPU.
+
+    Raises:
+        ValueError: it is no such archive, it is not whole, or it asks for code to be run.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(
+            f"Got {path}, which is no archive of torch.save ({error}); need one as torch writes since 1.6; load and "
+            "save it again there if it is older."
+        ) from error
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"Got {path} with records of {unpacked} bytes in all, more than the file has; need it whole.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Got {path}, which is not whole or holds more than tensors, numbers and texts: it could run code and was "
+            f"not loaded ({str(error).splitlines()[0]}); need state dicts alone; save those, options as a dict."
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in whatever it was about to do: torch names no class for it
+        raise ValueError(f"Got {path}, which is damaged ({type(error).__name__}: {error}); need it whole.") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"Got {path}, of which no tensors can be read ({error}); need it whole.") from error
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of all `.safetensors` files of a folder, else of its pickles.
+
+    Raises:
+        ValueError: it has neither, or one is not whole.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= read_safetensors(path)
+    for path in sorted(folder.glob("*.bin")) if not weights else ():
+        weights |= tensors_of(read_pickle(path), path)
+    if not weights:
+        raise ValueError(f"Got {folder} without weights; need *.safetensors or *.bin in it; check the folder.")
+    return weights
+
+
+def tensors_of(given: Any, where: Any) -> dict[str, Tensor]:
+    """A state dict, checked to be one.
+
+    Raises:
+        ValueError: it is no dict of tensors by name.
+    """
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"Got {where} with {type(given).__name__} for weights; need a dict of tensors by name.")
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"Got {where} with {name!r}: {type(value).__name__}; need tensors by name, nothing else.")
+    return dict(given)
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and is gone else.
+
+    Raises:
+        ValueError: `target` is there, and not empty, and not to be overwritten.
+    """
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield unfinished
+        if target.is_dir():
+            shutil.rmtree(target)
+        unfinished.chmod(0o755)  # not as narrow as a temporary folder's
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """As `new_folder`, for a file."""
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    is_used = target.is_file() or target.is_dir() and any(target.iterdir())
+    if is_used and not overwrite:
+        raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")

@@ -1,0 +1,116 @@
+"""Blocks of Mamba-2 language models, by state-spaces' or transformers' names, to start ours from, and back.
+
+A mixer of ours in one direction is Mamba-2's: the rows of in_proj are z, x, B, C, dt in both, the gate comes before
+the norm, and B and C are one for all heads. Of what a direction has for itself, convolution, A, D and the bias of dt,
+all directions start with a copy; projections and norms are one. Embeddings and the head of words are another model's
+and are left: ours come from the folder or preset that is given.
+
+    theirs                                        ours, of block i                        shape
+    backbone.layers.{i}.norm.weight               norm.weight                             hidden
+    backbone.layers.{i}.mixer.in_proj.weight      mixer.projections.0.in_proj.weight      (z, x, B, C, dt), hidden
+    backbone.layers.{i}.mixer.conv1d.weight       mixer.conv_weight[k]                    inner + 2 state, 1, kernel
+    backbone.layers.{i}.mixer.conv1d.bias         mixer.conv_bias[k]                      inner + 2 state
+    backbone.layers.{i}.mixer.A_log, D, dt_bias   mixer.ssm.A_log[k], D[k], dt_bias[k]    heads
+    backbone.layers.{i}.mixer.norm.weight         mixer.projections.0.norm.weight         inner
+    backbone.layers.{i}.mixer.out_proj.weight     mixer.projections.0.out_proj.weight     hidden, inner
+    backbone.norm_f.weight                        norm.weight of the model                hidden
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..modeling_mdm import MDMForMultiModalGeneration
+from .files import PICKLES, read_folder, read_pickle, read_safetensors, tensors_of
+from .keys import KeyTable, check_weights
+
+
+KEYS = KeyTable(
+    ("backbone.layers.{i}.mixer.in_proj.weight", "model.layers.{i}.mixer.projections.0.in_proj.weight"),
+    ("backbone.layers.{i}.mixer.out_proj.weight", "model.layers.{i}.mixer.projections.0.out_proj.weight"),
+    ("backbone.layers.{i}.mixer.norm.weight", "model.layers.{i}.mixer.projections.0.norm.weight"),
+    ("backbone.layers.{i}.mixer.conv1d.weight", "model.layers.{i}.mixer.conv_weight"),
+    ("backbone.layers.{i}.mixer.conv1d.bias", "model.layers.{i}.mixer.conv_bias"),
+    ("backbone.layers.{i}.mixer.A_log", "model.layers.{i}.mixer.ssm.A_log"),
+    ("backbone.layers.{i}.mixer.D", "model.layers.{i}.mixer.ssm.D"),
+    ("backbone.layers.{i}.mixer.dt_bias", "model.layers.{i}.mixer.ssm.dt_bias"),
+    ("backbone.layers.{i}.norm.weight", "model.layers.{i}.norm.weight"),
+    ("backbone.norm_f.weight", "model.norm.weight"),
+)
+OF_WORDS = ("backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight")  # left where they are
+PER_DIRECTION = ("conv_weight", "conv_bias", "A_log", "D", "dt_bias")
+
+
+def read_mamba2(path: Path) -> dict[str, Tensor]:
+    """The weights of a folder or file.
+
+    Raises:
+        ValueError: it is not whole, is no Mamba-2, or has more than one group of B and C.
+    """
+    if path.is_dir():
+        weights = read_folder(path)
+    else:
+        weights = tensors_of(read_pickle(path), path) if path.suffix in PICKLES else read_safetensors(path)
+    config = path / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    groups = fields.get("n_groups", fields.get("ssm_cfg", {}).get("ngroups", 1))
+    if groups != 1:
+        raise ValueError(
+            f"Got {path} with {groups} groups of B and C; a block of MDM has one; need a Mamba-2 with one."
+        )
+    return {name: weight for name, weight in weights.items() if name not in OF_WORDS}
+
+
+def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tensor]) -> None:
+    """Gives a model's blocks and last norm the weights of a Mamba-2; the dtype stays the model's.
+
+    Raises:
+        ValueError: `scan_sharing` is "independent"; blocks, width, state or heads differ, by the weight's name.
+    """
+    config = model.config
+    if config.backbone != "mamba" or config.scan_sharing == "independent":
+        raise ValueError(
+            f"Got a model with backbone {config.backbone!r} and scan_sharing {config.scan_sharing!r}; need 'mamba' "
+            "blocks whose directions share their projections, 'shared' or 'alternate': there is one of each to take."
+        )
+    ours = {KEYS.to_ours([name])[name]: weight for name, weight in weights.items()}
+    wanted = {name: value for name, value in model.state_dict().items() if name in _named_in(model)}
+    filled = {}
+    for name, weight in ours.items():
+        if name.endswith("conv_weight") and weight.dim() == 3:
+            weight = weight.squeeze(1)
+        if name.endswith(PER_DIRECTION) and name in wanted:
+            weight = weight.expand(len(wanted[name]), *weight.shape)
+        filled[name] = weight
+    check_weights(filled, wanted)
+    with torch.no_grad():
+        for name, weight in filled.items():
+            model.get_parameter(name).copy_(weight)
+
+
+def to_mamba2(model: MDMForMultiModalGeneration, direction: int = 0) -> dict[str, Tensor]:
+    """One direction of a model's blocks by state-spaces' names.
+
+    Raises:
+        ValueError: there is no such direction, or no one projection that is its own.
+    """
+    directions = len(model.model.layers[0].mixer.conv_weight) if model.config.backbone == "mamba" else 0
+    if model.config.scan_sharing == "independent" or not 0 <= direction < directions:
+        raise ValueError(
+            f"Got direction {direction} of a model with {directions} and scan_sharing {model.config.scan_sharing!r}; "
+            "need one of its directions, which share their projections."
+        )
+    found = {}
+    state = model.state_dict()
+    for ours, theirs in KEYS.to_theirs(sorted(_named_in(model))).items():
+        weight = state[ours]
+        weight = weight[direction] if ours.endswith(PER_DIRECTION) else weight
+        found[theirs] = (weight.unsqueeze(1) if ours.endswith("conv_weight") else weight).clone()
+    return found
+
+
+def _named_in(model: MDMForMultiModalGeneration) -> set[str]:
+    """Our names that a Mamba-2 has a weight for."""
+    return {name for name in model.state_dict() if name.startswith("model.layers.") or name == "model.norm.weight"}

@@ -1,0 +1,82 @@
+"""A fast tokenizer of ours back to a SentencePiece `.model` that gives the same ids; the way there is
+`training.tokenizer.to_fast_tokenizer`."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ..training.tokenizer import BOS, CONTROL_TOKENS, EOS, PAD, UNK, to_fast_tokenizer
+
+
+SPECIAL = (PAD, BOS, EOS, UNK, *CONTROL_TOKENS.values())
+
+
+def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a `.model` with our control tokens.
+
+    Raises:
+        ValueError: it is not whole, no unigram model, or has other control tokens.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    format: Any = sentencepiece_model_pb2
+    try:
+        proto = format.ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"Got {path}, which is no SentencePiece model ({error}); need one, whole.") from error
+    pieces = [piece.piece for piece in proto.pieces]
+    if proto.trainer_spec.model_type != format.TrainerSpec.UNIGRAM or tuple(pieces[: len(SPECIAL)]) != SPECIAL:
+        raise ValueError(
+            f"Got {path}, no unigram model that begins with the control tokens {', '.join(SPECIAL[:6])}, ...; need "
+            "one made by `mdm_hf.conversion.build_tokenizer`: a model's ids begin with them."
+        )
+    try:
+        return to_fast_tokenizer(proto.SerializeToString())
+    except Exception as error:  # tokenizers raises nothing narrower for tables that it cannot read
+        raise ValueError(f"Got {path}, which is damaged ({error}); need it whole.") from error
+
+
+def to_sentencepiece(folder: Path) -> bytes:
+    """The serialised SentencePiece model of a folder's tokenizer.json.
+
+    Raises:
+        ValueError: there is none, or it is not of the kind that `to_fast_tokenizer` makes.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    format: Any = sentencepiece_model_pb2
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"Got {folder} without tokenizer.json; need a folder with a tokenizer; name that.")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = [(str(piece), float(score)) for piece, score in held["model"]["vocab"]]
+        steps = held["normalizer"]["normalizers"]
+        charsmap = base64.b64decode(next(one["precompiled_charsmap"] for one in steps if one["type"] == "Precompiled"))
+        is_ours = held["model"]["type"] == "Unigram" and held["model"]["byte_fallback"]
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ValueError(f"Got {path}, no tokenizer of ours ({type(error).__name__}: {error}); need one.") from error
+    if not is_ours or tuple(piece for piece, _ in vocabulary[: len(SPECIAL)]) != SPECIAL:
+        raise ValueError(f"Got {path}, no unigram model with bytes and the control tokens first; need one of ours.")
+    proto, kinds = format.ModelProto(), format.ModelProto.SentencePiece
+    for number, (piece, score) in enumerate(vocabulary):
+        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        kind = kinds.UNKNOWN if piece == UNK else kinds.CONTROL if number < len(SPECIAL) else kinds.NORMAL
+        proto.pieces.add(piece=piece, score=0.0 if is_byte else score, type=kinds.BYTE if is_byte else kind)
+    proto.trainer_spec.model_type = format.TrainerSpec.UNIGRAM
+    proto.trainer_spec.vocab_size = len(vocabulary)
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.control_symbols.extend(CONTROL_TOKENS.values())
+    for name, piece in (("pad", PAD), ("bos", BOS), ("eos", EOS), ("unk", UNK)):
+        setattr(proto.trainer_spec, f"{name}_id", SPECIAL.index(piece))
+        setattr(proto.trainer_spec, f"{name}_piece", piece)
+    proto.normalizer_spec.name = "nmt_nfkc"
+    proto.normalizer_spec.precompiled_charsmap = charsmap
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    proto.normalizer_spec.escape_whitespaces = True
+    return proto.SerializeToString()

@@ -1,0 +1,166 @@
+"""Checkpoints of training loops, one `.pt` of torch.save, to folders of ours and back, to the bit.
+
+    {"model": state dict, "ema": state dict, "config": dict, "optimizer": ..., "step": ..., ...}
+
+Nobody has published a checkpoint of MDM. What is read is what loops around a plain module write:
+
+- "model", "state_dict" or nothing around the weights; "ema" or "model_ema" beside them, its weights bare or under
+  "shadow", "module" or "state_dict";
+- names with `module.` of DistributedDataParallel or AveragedModel and `_orig_mod.` of torch.compile in front;
+- ours, or those of the model without its head, whose parts stand at the top: `KEYS`;
+- "config" or "args": a dict with fields of MDMConfig, for folders without a config of their own.
+
+Whatever else it holds, the optimiser for one, is kept in `training_state.pt` and comes back with the way back.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..checkpoints import RENAMED_WEIGHTS
+from ..configuration_mdm import MDMConfig
+from ..generation_configuration_mdm import MDMGenerationConfig
+from ..modeling_mdm import MDMForMultiModalGeneration
+from ..solvers import load_solver
+from .files import read_pickle, read_safetensors, tensors_of
+from .keys import KeyTable, check_weights, some
+
+
+logger = logging.get_logger(__name__)
+
+PARTS = ("vae", "embeddings", "layers", "norm", "pixel_autoencoder")
+HEADS = ("latent_head", "modality_gate")
+KEYS = KeyTable(
+    *[(f"{part}.{{rest}}", f"model.{part}.{{rest}}") for part in PARTS],
+    *[(f"{head}.{{rest}}", f"{head}.{{rest}}") for head in HEADS],
+)
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+MODEL_KEYS, EMA_KEYS, CONFIG_KEYS = ("model", "state_dict"), ("ema", "model_ema"), ("config", "args")
+INSIDE_EMA = ("shadow", "module", "state_dict")
+NOT_WEIGHTS = {"n_averaged"}  # torch's AveragedModel counts in its state dict
+STATE, EMA = "training_state.pt", "ema.safetensors"
+
+
+def from_training(path: Path, config: MDMConfig | None = None, use: str | None = None) -> MDMForMultiModalGeneration:
+    """The model of a training checkpoint; `model.training_state` is what else it holds.
+
+    Args:
+        path: A `.pt`.
+        config: Instead of the checkpoint's.
+        use: "ema" or "model"; the average if None and there is one.
+
+    Raises:
+        ValueError: what is not whole, not understood, or does not fit the config, by name.
+    """
+    held = read_pickle(path)
+    if not isinstance(held, dict):
+        raise ValueError(f"Got {path} with a {type(held).__name__}; need a dict of state dicts.")
+    model_key = next((key for key in MODEL_KEYS if isinstance(held.get(key), dict)), None)
+    ema_key = next((key for key in EMA_KEYS if isinstance(held.get(key), dict)), None)
+    config_key = next((key for key in CONFIG_KEYS if isinstance(held.get(key), dict)), None)
+    if model_key is None:
+        held, model_key = {"model": held}, "model"
+        ema_key = config_key = None
+    if use == "ema" and ema_key is None:
+        raise ValueError(f"Got {path} without an average; need one of {', '.join(EMA_KEYS)} in it; use the model.")
+    takes_ema = ema_key is not None and use != "model"
+    logger.info(f"{path}: taking the {'average' if takes_ema else 'model'}.")
+    weights = named_as_ours(_inside(held[ema_key]) if takes_ema else held[model_key], path)
+    if config is None:
+        if config_key is None:
+            raise ValueError(f"Got {path} without a config; need one; give a preset or a model's folder with --like.")
+        config = _config(held[config_key], path)
+    model = assembled(weights, config)
+    model.training_state = {key: value for key, value in held.items() if key not in (model_key, ema_key, config_key)}
+    if takes_ema:  # for the way back
+        model.training_state["raw_model"] = named_as_ours(held[model_key], path)
+    return model
+
+
+def to_training(folder: Path) -> dict:
+    """What `torch.save` is to write of a model's folder: "model", "config", and "ema" where the folder has one.
+
+    Raises:
+        ValueError: weights that are not whole, or not those of the config.
+    """
+    model = read_model(folder)
+    kept = read_pickle(folder / STATE) if (folder / STATE).is_file() else {}
+    weights, raw = model.state_dict(), kept.pop("raw_model", None)
+    found: dict[str, Any] = {"model": raw or weights}
+    if raw is not None:
+        found["ema"] = weights
+    elif (folder / EMA).is_file():
+        found["ema"] = named_as_ours(read_safetensors(folder / EMA), folder / EMA)
+    theirs = {kind: KEYS.to_theirs(state) for kind, state in found.items()}
+    named = {kind: {theirs[kind][name]: value for name, value in state.items()} for kind, state in found.items()}
+    return named | {"config": model.config.to_dict()} | kept
+
+
+def read_model(folder: Path) -> MDMForMultiModalGeneration:
+    """The model of a folder of ours, each weight in the dtype that it has there.
+
+    Raises:
+        ValueError: weights that are not whole, or not those of the config.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in folder.glob("model*.safetensors"):
+        weights |= read_safetensors(path)
+    for old, new in RENAMED_WEIGHTS.items():
+        weights = {re.sub(old, new, name): value for name, value in weights.items()}
+    model = assembled(weights, MDMConfig.from_pretrained(folder))
+    model.generation_config = MDMGenerationConfig.from_pretrained(folder)
+    model.scheduler = load_solver(folder)
+    return model
+
+
+def named_as_ours(given: Any, where: Any) -> dict[str, Tensor]:
+    """A state dict under our names."""
+    weights = tensors_of(given, where)
+    bare = {WRAPPERS.sub("", name): value for name, value in weights.items() if name not in NOT_WEIGHTS}
+    if any(name.startswith("model.") for name in bare):  # ours already
+        return bare
+    return {ours: bare[name] for name, ours in KEYS.to_ours(bare).items()}
+
+
+def assembled(weights: dict[str, Tensor], config: MDMConfig) -> MDMForMultiModalGeneration:
+    """A model of these weights, in their dtypes.
+
+    Raises:
+        ValueError: weights that are not those of the config, by name.
+    """
+    layers = {int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    in_config, in_vae = config.num_hidden_layers, config.vae_config.num_hidden_layers
+    if len(layers) != in_config or not isinstance(in_vae, int) or in_vae > len(weights):
+        raise ValueError(
+            f"Got weights of {len(layers)} blocks and a config of {in_config}, its VAE of {in_vae} layers; need the "
+            "config that they were trained with."
+        )
+    try:
+        with torch.device("meta"):
+            model = MDMForMultiModalGeneration(config)
+    except Exception as error:  # whatever a config that was never a model's comes to
+        raise ValueError(
+            f"Got a config of which no model can be built ({error}); need that of the weights."
+        ) from error
+    check_weights(weights, model.state_dict())
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _inside(ema: dict) -> Any:
+    """The weights of an average."""
+    return next((ema[key] for key in INSIDE_EMA if isinstance(ema.get(key), dict)), ema)
+
+
+def _config(fields: dict, path: Path) -> MDMConfig:
+    known = {name: value for name, value in fields.items() if name in MDMConfig.__dataclass_fields__}
+    if ignored := set(fields) - set(known) - {"model_type", "transformers_version", "architectures", "dtype"}:
+        logger.warning(f"{path}: these of its options are none of MDMConfig, and left: {some(ignored)}.")
+    try:
+        return MDMConfig(**known)
+    except Exception as error:  # transformers' strict dataclasses raise classes of their own
+        raise ValueError(f"Got {path} with a config that is refused ({error}); need fields of MDMConfig.") from error
