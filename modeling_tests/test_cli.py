@@ -194,6 +194,7 @@ def test_several_seeds_are_told_as_mean_and_range():
         ("ask.py", ["--question", "is this a seven?"]),
         ("stream.py", ["--output", "{tmp}/steps.png"]),
         ("edit.py", ["--output", "{tmp}/edit.png"]),
+        ("one_mask.py", ["--output", "{tmp}/one_mask.png"]),
         ("chat.py", ["--state", "{tmp}/chat.safetensors"]),
         ("train.py", ["--output-dir", "{tmp}/run", "--max-steps", "3"]),
         ("finetune_lora.py", ["--output-dir", "{tmp}/lora", "--max-steps", "2", "--num-samples", "65"]),

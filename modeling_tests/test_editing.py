@@ -372,3 +372,23 @@ def test_a_model_learns_from_targets_known_in_part(processor) -> None:
 def without_masks(messages: list[dict]) -> list[dict]:
     *before, last = messages
     return [*before, {**last, "content": [{k: v for k, v in p.items() if k != "mask"} for p in last["content"]]}]
+
+
+def test_image_size_is_the_canvas_size_and_known_pictures_keep_the_processors(pipe) -> None:
+    rng = np.random.default_rng(0)
+    wide, small = (Image.fromarray(rng.integers(256, size=size, dtype=np.uint8)) for size in ((8, 24), (16, 16)))
+    beside = np.arange(24)[None].repeat(8, 0) >= 8
+    canvas = {"type": "image", "image": wide, "mask": beside}
+    made = pipe(images=small, canvas=canvas, image_size=(8, 24), num_inference_steps=2, seed=0)[0]["images"][0]
+    assert made.size == (24, 8)
+    assert np.array_equal(np.asarray(made)[:, :8], np.asarray(wide)[:, :8])
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": small}]},
+        {"role": "assistant", "content": [canvas]},
+    ]
+    rows = pipe.processor.apply_chat_template(messages, image_size=(8, 24))
+    assert rows["image_grid_hw"].tolist() == [[4, 4], [4, 12]]
+    alone = pipe.processor(images=small, generate="text")["pixel_values"]
+    assert torch.equal(torch.as_tensor(rows["pixel_values"])[:1, :, :8, :8], torch.as_tensor(alone))
+    shrunk = pipe(canvas=canvas, num_inference_steps=2, seed=0)[0]["images"][0]
+    assert shrunk.size == (8, 8)

@@ -33,6 +33,7 @@ class Prompt:
     class_id: int = NO_CLASS
     has_targets: bool = False
     image_masks: dict[int, Any] = field(default_factory=dict)  # by the number of the image among the known ones
+    target_images: set[int] = field(default_factory=set)  # numbers of those of the last assistant message
     text_masks: list[list | None] = field(default_factory=list)  # of each text of the last assistant message
     text_continues: list[bool] = field(default_factory=list)  # of the same, whether another block follows
 
@@ -140,8 +141,11 @@ class ConversationReader:
 
     def _read_image(self, part: dict, prompt: Prompt) -> dict:
         key = next((key for key in MEDIA_KEYS if part.get(key) is not None), None)
+        number = len(prompt.images) + len(prompt.latents)
         if part.get("mask") is not None:
-            prompt.image_masks[len(prompt.images) + len(prompt.latents)] = part["mask"]
+            prompt.image_masks[number] = part["mask"]
+        if prompt.has_targets:
+            prompt.target_images.add(number)
         if part.get("latents") is not None:
             prompt.latents.append(part["latents"])
         elif key is not None:

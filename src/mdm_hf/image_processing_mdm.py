@@ -317,6 +317,15 @@ class MDMImageProcessorPil(PilBackend):
         inside = sums[bottom][:, right] - sums[top][:, right] - sums[bottom][:, left] + sums[top][:, left]
         return inside > 0
 
+    @staticmethod
+    def pad_pictures(processed: Sequence) -> dict[str, np.ndarray]:
+        """What the image processor made of several pictures, one at a time, as if of all at once: padded with 0."""
+        pixels = [np.asarray(one["pixel_values"]) for one in processed]
+        height, width = (max(one.shape[axis] for one in pixels) for axis in (2, 3))
+        sides = [((0, 0), (0, 0), (0, height - one.shape[2]), (0, width - one.shape[3])) for one in pixels]
+        padded = np.concatenate([np.pad(one, pad) for one, pad in zip(pixels, sides, strict=True)])
+        return {"pixel_values": padded, "image_grid_hw": np.concatenate([one["image_grid_hw"] for one in processed])}
+
     def pad_latents(self, latents: Sequence) -> dict[str, np.ndarray]:
         """Latents (c, h, w) of pictures -> `image_latents` (n, c, h, w), padded with 0, and `image_grid_hw` (n, 2).
 

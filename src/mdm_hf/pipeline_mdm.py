@@ -108,7 +108,7 @@ class MDMPipeline(Pipeline):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes model, processor, scheduler, generation config and the code of them all into one folder; with
-        `push_to_hub` also to the Hub, as [`~MDMPipeline.push_to_hub`] does, to the repository `repo_id`."""
+        `push_to_hub` also to the Hub, as `push_to_hub` does, to the repository `repo_id`."""
         hub = hub_options(save_directory, kwargs) if push_to_hub else {}
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
@@ -164,7 +164,7 @@ class MDMPipeline(Pipeline):
             callback_on_step_end: See [`MDMForMultiModalGeneration.generate`].
             generate: "image", "text", or both, which is the default; "auto" for what each prompt calls for, which
                 a model with a modality gate decides.
-            image_size: (height, width) in pixels of the images to generate.
+            image_size: (height, width) in pixels of the images to generate; a canvas becomes of that size.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
             num_inference_steps, step_tolerance, guidance_scale, text_guidance_scale, text_temperature, modality_lag,
@@ -280,7 +280,9 @@ class MDMPipeline(Pipeline):
         batch_size: int = 64,
         max_new_tokens: int | None = None,
     ) -> list[ChoiceScores]:
-        """How likely the model finds each of several answers to each prompt, from [`~MDMModel.score`].
+        """How likely the model finds each of several answers to each prompt.
+
+        From [`~MDMForMultiModalGeneration.score`], a bound on log p.
 
         Args:
             text, images, class_ids, messages: Conditions, values or lists, as in a call.

@@ -213,8 +213,8 @@ class MDMProcessor(ProcessorMixin):
             generate: "image", "text" or both, where the last message is not the assistant's; ("text",) if None.
             tokenize: False returns the rendered string, or a list of them, with one placeholder an image.
             return_dict: False returns `input_ids` alone.
-            image_size, max_new_tokens, return_tensors: As when the processor is called; a target text fills
-                its canvas of `max_new_tokens` with </s>.
+            image_size, max_new_tokens, return_tensors: As when the processor is called; a target picture becomes of
+                that size, a target text fills its canvas of `max_new_tokens` with </s>.
             add_generation_prompt: Has no effect: `generate` says what to make.
             processor_kwargs: Options of a call of the processor, as transformers' pipelines hand them on.
             kwargs: Variables of the template, and options of a call of the processor; others are refused.
@@ -256,7 +256,9 @@ class MDMProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def as_history(self, messages: list[dict], is_continued: bool = False) -> BatchFeature:
-        """A conversation as conditions alone, its last answer too: inputs of [`~MDMModel.read_conversation`].
+        """A conversation as conditions alone, its last answer too.
+
+        What comes out are inputs of [`~MDMForMultiModalGeneration.read_conversation`].
 
         Args:
             messages: One conversation, or a stretch of it.
@@ -322,7 +324,7 @@ class MDMProcessor(ProcessorMixin):
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         tokenized = self.tokenizer(rendered, return_offsets_mapping=True, **options)
 
-        known = self._known_images(prompts, image_options)
+        known = self._known_images(prompts, image_options, image_size)
         known_grids = np.asarray(known.pop("image_grid_hw", [])).tolist()
         patch_masks, known_images = self._patch_masks(prompts, known_grids), iter(known_grids)
         limits = canvas, self.tokenizer.model_max_length
@@ -362,7 +364,7 @@ class MDMProcessor(ProcessorMixin):
             del data["labels"]
         return BatchFeature(data | known, tensor_type=row_options.get("return_tensors", "pt"))
 
-    def _known_images(self, prompts: list[Prompt], options: dict) -> dict[str, Any]:
+    def _known_images(self, prompts: list[Prompt], options: dict, image_size: Sequence[int] | None) -> dict[str, Any]:
         """`pixel_values` or `image_latents` with `image_grid_hw`; nothing where there is no image."""
         pictures = [image for prompt in prompts for image in prompt.images]
         latents = [image for prompt in prompts for image in prompt.latents]
@@ -373,7 +375,20 @@ class MDMProcessor(ProcessorMixin):
             )
         if latents:
             return self.image_processor.pad_latents(latents)
-        return dict(self.image_processor(pictures, **options)) if pictures else {}
+        if not pictures:
+            return {}
+        if image_size is None:
+            return dict(self.image_processor(pictures, **options))
+        height, width = image_size
+        of_targets = options | {
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "aspect_ratio_buckets": False,
+        }
+        is_target = [number in prompt.target_images for prompt in prompts for number in range(len(prompt.images))]
+        pairs = zip(pictures, is_target, strict=True)
+        made = [self.image_processor([one], **of_targets if it else options) for one, it in pairs]
+        return self.image_processor.pad_pictures(made)
 
     def _patch_masks(self, prompts: list[Prompt], grids: list[list[int]]) -> Iterator[np.ndarray | None]:
         """Of each known image in turn, which patches its mask marks; None where it has none."""

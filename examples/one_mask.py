@@ -1,0 +1,71 @@
+"""All that one model does with one mask, each in one call: drawn, described, asked, filled in, widened, ranked.
+
+python examples/one_mask.py [--model model_cards/mdm-digits] [--output one_mask.png]
+"""
+
+import argparse
+
+import numpy as np
+from PIL import Image
+
+from mdm_hf import MDMPipeline
+from mdm_hf.evaluation.pictures import picture_grid
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="model_cards/mdm-digits")
+parser.add_argument("--output", default="one_mask.png")
+options = parser.parse_args()
+
+pipe = MDMPipeline.from_pretrained(options.model)
+pipe.set_progress_bar_config(disable=True)
+chat = pipe.chat()
+
+
+def picture(**given) -> Image.Image:
+    return pipe(**given, seed=0)[0]["images"][0]
+
+
+def words(**given) -> str:
+    return pipe(**given, seed=0)[0]["text"][0]
+
+
+three = picture(text="a handwritten three", generate="image")
+known = {"type": "image", "image": three}
+upper = np.arange(8)[:, None].repeat(8, 1) < 4  # the rows to be made anew
+wide = Image.new("L", (16, 8))
+wide.paste(three, (0, 0))
+beside = np.arange(16)[None].repeat(8, 0) >= 8
+
+pictures = {
+    "from a description": three,
+    "from a class": picture(class_ids=7, generate="image"),
+    "let the model decide": picture(text="a small seven", generate="auto"),
+    "inpainting": picture(text="a handwritten three", canvas=known | {"mask": upper}),
+    "outpainting": picture(
+        text="a handwritten three", canvas={"type": "image", "image": wide, "mask": beside}, image_size=(8, 16)
+    ),
+    "image to image": picture(text="a handwritten five", canvas=known, strength=0.8),
+    "another size": picture(class_ids=1, generate="image", image_size=(8, 24)),
+    "another solver": picture(class_ids=5, generate="image", scheduler="UniPCMultistepScheduler"),
+    "as few steps as will do": picture(class_ids=5, generate="image", num_inference_steps="auto"),
+    "token selection": picture(class_ids=5, generate="image", selection_tolerance=0.5),
+}
+both = pipe(generate=("image", "text"), seed=0)[0]
+pictures[f"both at once: {both['text'][0]}"] = both["images"][0]
+[scores] = pipe.score_choices(images=three, choices=["a handwritten three", "a handwritten five", "a small nine"])
+texts = {
+    "caption": words(images=three, generate="text"),
+    "answer": words(images=three, text="is this a seven?", generate="text"),
+    "text infilling, a [...] three": words(
+        images=three, canvas={"type": "text", "text": "a handwritten three", "mask": [(2, 13)]}
+    ),
+    "conversation": chat(text="which digit is this?", images=three, seed=0)["text"][0],
+    "and on": chat(text="is this a seven?", seed=0)["text"][0],
+    "a text of any length": pipe.chat().write(text="a handwritten three", max_new_tokens=16, seed=0),
+    "likeliest of three captions": scores.choices[scores.best],
+}
+for name, text in texts.items():
+    print(f"{name:32s} {text}")
+picture_grid([(image, name) for name, image in pictures.items()], columns=6, caption_lines=2).save(options.output)
+print(f"Wrote {options.output}.")
