@@ -22,14 +22,17 @@ from safetensors.torch import load_file
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark
 from mdm_hf.evaluation.shapes_world import write_dataset
-from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.assembly import freeze
+from mdm_hf.training.recipe import load_recipe, stage_options
 from mdm_hf.training.stages import run_recipe
 from mdm_hf.training.trainer import EMA_FILE, trained_parameters
 
 
 def averaged(checkpoint: Path) -> MDMForMultiModalGeneration:
-    """The model of a checkpoint with the moving average of its weights."""
+    """The model of a checkpoint with the moving average of what its run trained."""
+    stage, recipe = checkpoint.parent, yaml.safe_load((checkpoint.parents[1] / "recipe.yaml").read_text("utf-8"))
     model = MDMForMultiModalGeneration.from_pretrained(checkpoint)
+    freeze(model, stage.name, stage_options(recipe, stage.name))
     average = load_file(checkpoint / EMA_FILE)
     with torch.no_grad():
         for i, parameter in enumerate(trained_parameters(model)):

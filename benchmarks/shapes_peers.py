@@ -46,7 +46,7 @@ TRANSFUSION = {"learning_rate": 5e-3, "depth": 2}
 def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Path:
     """The folder of a baseline trained for the same seconds on the same VAE's latents, made if need be."""
     base = on_shared_vae(recipe, (), folder, seed)
-    settings = for_steps(base, Path(), 0) | {"cpu_seconds": cpu_seconds, **TRANSFUSION}
+    settings = for_steps(base, Path(), 0) | {"cpu_seconds": float(cpu_seconds), **TRANSFUSION}
     target = folder / f"transfusion-{settings_hash(settings)}"
     if not (target / "final").is_dir():
         options, budget = TRANSFUSION | {"vae": base["processor"]}, target.with_suffix(".json")

@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "run one of the paper's ablations on the shapes world: a table, a plot, a JSON",
         "mdm reproduce table3 --cpu-seconds 1200",
     )
-    again.add_argument("experiment", help="table3, sharing, objective, vae, solver or guidance")
+    again.add_argument("experiment", help="table3, sharing, objective, noise, vae, solver or guidance")
     again.add_argument("--recipe", type=Path, default="recipes/shapes.yaml", help="what varies (default: %(default)s)")
     again.add_argument("--output", type=Path, default="runs/reproduce", help="folder (default: %(default)s)")
     again.add_argument("--trained", help="a trained model, for solver and guidance; else one is trained")

@@ -84,6 +84,15 @@ EXPERIMENTS = {
             "epsilon": _config(diffusion_loss="ddpm_epsilon"),
         },
     ),
+    "noise": Experiment(
+        "Which noise counts for how much: the error of the velocity or of z_0, a cosine or the DDPM's schedule?",
+        {
+            "velocity, cosine": OURS,
+            "velocity, linear": _config(image_beta_schedule="linear"),
+            "z_0, cosine": _config(loss_weighting="unit"),
+            "z_0, linear": _config(loss_weighting="unit", image_beta_schedule="linear"),
+        },
+    ),
     "vae": Experiment(
         "Does the diffusion loss train the VAE?", {"detached": OURS, "attached": _config(detach_latents=False)}
     ),
@@ -126,6 +135,7 @@ def reproduce(
             None. The others take none.
         cpu_seconds: Processor time that each variant is trained for, on a machine as busy as when the first was timed.
         num_samples: Of each task.
+        seed: Of the variants' training and of the samples.
 
     Returns:
         The experiment's question and a row for each variant: scores, intervals, settings, steps, seconds, parameters.
