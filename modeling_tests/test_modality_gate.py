@@ -109,6 +109,19 @@ def test_a_recipe_fits_a_gate_to_a_trained_model_and_leaves_all_else_as_it_was(t
     assert np.mean(right) >= 0.9
 
 
+@pytest.mark.parametrize("refits", [True, False])
+def test_training_leaves_a_gate_behind_that_read_other_states(tmp_path, pipe, capsys, refits) -> None:
+    gate = ", gate: {num_samples: 64}" if refits else ""
+    stages = f"stages={{diffusion: {{max_steps: 2, per_device_train_batch_size: 2, report_to: none}}{gate}}}"
+    changes = [f"output_dir={tmp_path / 'run'}", f"model={{from: {CARD}}}", f"processor={CARD}", stages]
+    folder = run_recipe(load_recipe(ROOT / "recipes" / "digits.yaml", changes))
+    model = MDMForMultiModalGeneration.from_pretrained(folder)
+    assert model.config.modality_gate == refits
+    assert ("The gate decides " in capsys.readouterr().out) == refits
+    if refits:
+        assert not torch.equal(model.modality_gate.weight, pipe.model.modality_gate.weight)
+
+
 def test_a_gate_is_fitted_to_what_separates_the_answers(monkeypatch) -> None:
     model = tiny_model(modality_gate=True)
     states = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))

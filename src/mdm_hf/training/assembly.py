@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
+from transformers.utils import logging
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..image_processing_mdm import MDMImageProcessorPil
@@ -30,6 +31,8 @@ from .recipe import MUON, OF_STAGE, builds_processor, stage_options
 from .records import BadRow, with_images
 from .tokenizer import build_tokenizer
 
+
+logger = logging.get_logger(__name__)
 
 IMAGE_SIZE = (32, 32)
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
@@ -94,9 +97,16 @@ def _texts(recipe: dict) -> Iterator[str]:
 
 
 def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | None) -> MDMForMultiModalGeneration:
-    """The model of `previous`, or a new one whose vocabulary and patches are the processor's."""
+    """The model of `previous`, or a new one whose vocabulary and patches are the processor's.
+
+    A modality gate is left behind: it reads states that will be others once the blocks are trained.
+    """
     changes = copy.deepcopy(recipe["model"].get("config") or {})
     if previous is not None:
+        if MDMConfig.from_pretrained(previous).modality_gate and "modality_gate" not in changes:
+            changes["modality_gate"] = False
+            if "gate" not in recipe["stages"]:
+                logger.warning(f"The modality gate of {previous} is left behind: a stage `gate` fits one anew.")
         return MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, **changes)
     model = MDMForMultiModalGeneration(make_config(recipe, processor))
     if "vae_from" in recipe["model"]:
