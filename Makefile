@@ -10,9 +10,12 @@ TORCHAO := $(VENV)/torchao
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 OLDEST_VENV ?= .venv-oldest
 # Tests that one version's run is enough for: they know nothing of transformers, or what other files test with it.
-ONCE := benchmarks causal_conv custom_ops digits_data evaluation fused_scan geneval image_quality import_arrows \
+ONCE := benchmarks causal_conv custom_ops digits_data docs evaluation fused_scan geneval image_quality import_arrows \
 	latent_cache lm_eval_adapter memory noise_schedule pixels_to_pictures scan_switch score_entropy ssd ssd_kernels \
 	training_data_mix training_data_readers training_data_records visual_questions transfusion_baseline
+# gradio takes no pillow of 13: the pages are tested in an environment of their own, which sees all else of the first.
+SPACE_VENV ?= .venv-space
+SITE := import sysconfig; print(sysconfig.get_paths()["purelib"])
 # The version that the interpreter test was made with; where torch brings a triton of its own, leave it empty.
 TRITON ?= triton==3.7.1
 
@@ -23,15 +26,17 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo test test-oldest lint bench
+.PHONY: help setup kernels demo test test-space test-oldest lint bench docs
 
 help:
 	@echo "make setup   install the package and its pinned tools into $(VENV) (a few minutes, once)"
 	@echo "make kernels add mamba-ssm's Triton kernels (Linux); without a GPU they only serve the tests"
 	@echo "make demo    generate images and captions with the shipped weights"
 	@echo "make test    ruff, mypy and the tests: what continuous integration runs"
+	@echo "make test-space  the tests of mdm serve, with gradio and, where it is or can be had, a browser"
 	@echo "make test-oldest  the tests once more, in an environment of their own, under the oldest transformers supported"
 	@echo "make lint    mend what ruff can mend, format, check types"
+	@echo "make docs    the documentation as a site in build/site; any warning, of a broken link say, stops it"
 	@echo "make bench   every benchmark at its small size, each ending in one JSON line"
 
 setup: $(INSTALLED)
@@ -71,6 +76,19 @@ test: $(INSTALLED) $(TORCHAO)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10
 
+test-space: $(SPACE_VENV)/.installed
+	OMP_NUM_THREADS=1 $(SPACE_VENV)/bin/python -m pytest -q -rs modeling_tests/test_space.py
+
+$(SPACE_VENV)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(SPACE_VENV)
+	{ $(BIN)/python -c '$(SITE)'; echo $(CURDIR)/src; } > "$$($(SPACE_VENV)/bin/python -c '$(SITE)')/beside.pth"
+	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	$(SPACE_VENV)/bin/python -m pip install --quiet -c $(SPACE_VENV)/constraints.txt gradio selenium
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends chromium chromium-driver; } \
+		>/dev/null 2>&1 || echo "No browser on this machine: what needs one will be skipped." >&2
+	@touch $@
+
 test-oldest: $(OLDEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10 \
 		$(ONCE:%=--ignore=modeling_tests/test_%.py) -k "not examples_run and not killed_at_any_moment"
@@ -87,6 +105,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m properdocs build -f properdocs.yml
+	@echo "Open build/site/index.html; to search: $(BIN)/python -m http.server -d build/site"
 
 bench: $(INSTALLED)
 	@set -- benchmarks/[!_]*.py; \

@@ -301,8 +301,9 @@ def faults_of_card(text: str) -> list[str]:
     data = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     if not isinstance(data, dict):
         return ["empty or missing yaml metadata"]
-    faults = [f'"{name}" must be a string' for name in ("license", "pipeline_tag") if type(data.get(name)) is not str]
-    if data.get("license") not in LICENSES:
+    strings = [name for name in ("license", "pipeline_tag") if name in data]
+    faults = [f'"{name}" must be a string' for name in strings if type(data[name]) is not str]
+    if data.get("license", "other") not in LICENSES:
         faults.append(f'"license" must be one of {LICENSES}')
     faults += [f'"{name}" must be an array' for name in ("tags", "widget") if not isinstance(data.get(name, []), list)]
     for model in data.get("model-index", []):

@@ -1,4 +1,4 @@
-"""Docstrings as this project writes them, made into what Griffe and Markdown read; nothing of it runs outside the site.
+"""Docstrings as this project writes them, made into what Griffe and Markdown read; the site alone uses this.
 
 - `[`MDMModel`]` and `[`~MDMModel.score`]`, transformers' spelling of a reference, become links.
 - "a, b: text" may be wrapped before its colon; what is returned is prose, in which a colon ends no type.
@@ -9,7 +9,18 @@
 import re
 from typing import Any
 
-from griffe import Class, Extension, Function, GriffeLoader, Module, Object, Parameter, ParameterKind, Parameters
+from griffe import (
+    Class,
+    Extension,
+    Function,
+    GriffeLoader,
+    Module,
+    Object,
+    Parameter,
+    ParameterKind,
+    Parameters,
+    logger,
+)
 
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
@@ -45,7 +56,13 @@ def as_markdown(text: str, targets: dict[str, str]) -> str:
 
 def _linked(short: str, name: str, targets: dict[str, str]) -> str:
     shown = name.rpartition(".")[2] if short else name
-    return f"[`{shown}`][{targets[name]}]" if name in targets else f"`{shown}`"
+    if name.startswith("transformers."):
+        return f"`{shown}`"
+    if name not in targets:
+        logger.warning(f"A docstring refers to [`{short}{name}`], which names nothing public.")
+        return f"`{shown}`"
+    # Optional: what no API page shows stays text.
+    return f'<autoref identifier="{targets[name]}" optional><code>{shown}</code></autoref>'
 
 
 def _names(module: Module) -> dict[str, str]:
@@ -55,12 +72,13 @@ def _names(module: Module) -> dict[str, str]:
         if member.is_alias or member.name.startswith("_"):
             continue
         if member.is_module:
-            found = _names(member) | found
+            inner = _names(member)
+            found = inner | {f"{member.name}.{name}": path for name, path in inner.items()} | found
         elif member.is_class or member.is_function:
             found[member.name] = member.path
             for name in member.all_members if member.is_class else ():
-                if not name.startswith("_"):
-                    found[f"{member.name}.{name}"] = member.all_members[name].canonical_path
+                if not name.startswith("_") or name == "__call__":
+                    found[f"{member.name}.{name}"] = f"{member.path}.{name}"
     return found
 
 
@@ -68,10 +86,11 @@ class HouseDocstrings(Extension):
     """Rewrites every docstring of a package when all of it is loaded."""
 
     def on_package(self, *, pkg: Module, loader: GriffeLoader, **kwargs: Any) -> None:
-        targets = _names(pkg)
-        self._rewrite(pkg, targets)
+        self._rewrite(pkg, _names(pkg))
 
     def _rewrite(self, obj: Object, targets: dict[str, str]) -> None:
+        if isinstance(obj, Module):  # two modules may have a function of one name
+            targets = targets | _names(obj)
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value, targets)
         if isinstance(obj, Class) and any(str(decorator.value) == "strict" for decorator in obj.decorators):

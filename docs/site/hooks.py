@@ -3,7 +3,7 @@
 - A page stands in the site where it stands in the repository, README.md as the home page.
 - A link to a page leads to that page, one to a module of an API page there, one to a picture to a copy, and one to any
   other file or folder to a page that shows it.
-- Lists and tables are as GitHub reads them: two spaces indent, and no empty line has to stand before them.
+- Lists, tables and formulas are as GitHub reads them: two spaces indent, and no empty line has to stand before them.
 - $...$ becomes MathML, which browsers draw without scripts or fonts.
 """
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 LINK = re.compile(r"(\]\()([^)\s]+)(\))|((?:src|href)=\")([^\"]+)(\")")
+LETTERS = {r"\mathcal N": "𝒩", r"\mathbb E": "𝔼"}  # browsers know MathML's alphabets by their letters alone
 PICTURES = {".png", ".jpg", ".svg", ".gif"}
 DIRECTIVE = re.compile(r"^::: (mdm_hf[\w.]*)$", re.MULTILINE)
 
@@ -71,12 +72,16 @@ def _uri(target: Path) -> str:
     return f"source/{inside}/index.html" if target.is_dir() else f"source/{inside}.html"
 
 
+def _texts_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in {".safetensors", ".pyc"})
+
+
 def _shown(target: Path) -> str:
     """A page that shows a file with its lines numbered, or what a folder holds."""
     title = target.relative_to(ROOT).as_posix()
     if target.is_dir():
-        files = sorted(path for path in target.iterdir() if path.is_file() and path.suffix not in {".safetensors", ".pyc"})
-        items = "".join(f'<li><a href="{path.name}.html">{html.escape(path.name)}</a></li>' for path in files)
+        names = [html.escape(path.name) for path in _texts_in(target)]
+        items = "".join(f'<li><a href="{name}.html">{name}</a></li>' for name in names)
         body, style = f"<ul>{items}</ul>", ""
     else:
         try:
@@ -107,7 +112,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         links = [found[2] or found[5] for found in LINK.finditer(page.read_text(encoding="utf-8"))]
         wanted |= {target for link in links if (target := _target(link, page))}
     for folder in [path for path in wanted if path.is_dir() and path / "README.md" not in CARDS]:
-        wanted |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in {".safetensors", ".pyc"}}
+        wanted |= set(_texts_in(folder))
     for target in sorted(wanted):
         uri = _uri(target)
         if files.get_file_from_path(uri) is not None:
@@ -138,8 +143,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _as_python_markdown(markdown: str) -> str:
     """Lists whose inner blocks are indented by four, with an empty line before each list and table."""
+    formulas = r"^( *)\$\$(.*?)\$\$ *$"  # each a paragraph of its own, in one line
+    markdown = re.sub(formulas, _in_one_line, markdown, flags=re.MULTILINE | re.DOTALL)
     lines: list[str] = []
-    in_list, fence, base = False, "", 0
+    in_list, is_loose, fence, base = False, False, "", 0
     for line in markdown.splitlines():
         indent = len(line) - len(line.lstrip(" "))
         opens = re.match(r" *(`{3,}|~{3,})", line)
@@ -153,22 +160,31 @@ def _as_python_markdown(markdown: str) -> str:
         elif line:
             is_item, is_row = re.match(r" *([-*]|\d+\.) ", line), line.startswith("|")
             follows = bool(lines and lines[-1])
-            if indent == 0 and is_item and follows and not in_list:
+            if indent == 0 and is_item and follows and (is_loose or not in_list):
                 lines.append("")
             if is_row and follows and not lines[-1].lstrip().startswith("|"):
                 lines.append("")
             if indent == 0:
                 in_list = bool(is_item) or in_list and follows and not is_row
-            line = " " * indent + line if in_list else line
+            line, is_loose = (" " * indent + line if in_list else line), is_loose and not is_item
+        else:
+            is_loose = True  # an item may go on after it, and Python-Markdown then wants another before the next one
         lines.append(line)
     return "\n".join(lines)
+
+
+def _in_one_line(found: re.Match) -> str:
+    return f"\n{found[1]}$${' '.join(found[2].split())}$$\n"
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas as MathML; wide tables in a frame of their own, which scrolls."""
     content = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _mathml, content, flags=re.DOTALL)
-    return content.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    return re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', content, flags=re.DOTALL)
 
 
 def _mathml(found: re.Match) -> str:
-    return convert(html.unescape(found[2]).strip(), display="inline" if found[1] == "span" else "block")
+    formula = re.sub(r"\\tag\{(.*?)\}", r"\\qquad \\text{(\1)}", html.unescape(found[2]).strip())
+    for written, letter in LETTERS.items():
+        formula = formula.replace(written, letter)
+    return convert(formula, display="inline" if found[1] == "span" else "block")

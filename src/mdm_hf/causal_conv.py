@@ -32,6 +32,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, history: 
     Raises:
         ValueError: A shape does not fit the others.
         RuntimeError: A tensor carries a tangent of forward-mode differentiation.
+
+    Examples:
+        >>> causal_conv(torch.tensor([[[1.0], [2.0], [3.0]]]), weight=torch.tensor([[0.5, 1.0]])).flatten()
+        tensor([1.0000, 2.5000, 4.0000])
     """
     refuse_tangents("causal_conv", x, weight, bias, history)
     if x.dim() != 3:

@@ -89,6 +89,14 @@ def score_conversations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`score` of the last, the assistant's, message of each of n conversations, a batch at a time.
 
+    Args:
+        model, processor: Of one checkpoint.
+        conversations: Each ends with the assistant's message.
+        seeds: One a conversation; equal ones share times and noise.
+        num_samples: Draws a conversation.
+        batch_size: Rows of one network call.
+        max_new_tokens: Length of the text canvas.
+
     Returns:
         Draws (n, num_samples), whose mean is the score, standard errors (n,), and numbers of targets (n,).
     """

@@ -35,6 +35,7 @@ class MDMVAEConfig(PreTrainedConfig):
         hidden_size: Width of the encoder and the decoder.
         num_hidden_layers: Hidden layers of the encoder, and of the decoder.
         initializer_range: Standard deviation of the token embeddings at initialisation.
+        *_token_id: Ids of padding, of the beginning and of the end of a text.
     """
 
     model_type = "mdm_vae"
@@ -105,6 +106,12 @@ class MDMConfig(PreTrainedConfig):
         time_step_min, time_step_max, time_step_floor: Range of dt at initialisation.
         rms_norm_eps: Epsilon of the normalisations.
         initializer_range: Standard deviation of embeddings and of the output projections at initialisation.
+        *_token_id: Ids of the control tokens, as the tokenizer has them.
+
+    Examples:
+        >>> config = MDMConfig.from_preset("mdm-base", num_classes=10)
+        >>> config.num_hidden_layers, config.num_heads, config.pixel_patch_size
+        (24, 32, 2)
     """
 
     model_type = "mdm"
@@ -199,7 +206,7 @@ class MDMConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MDMConfig":
-        """The configuration of a named size (`MDM_PRESETS`), with single fields overridden.
+        """The configuration of a named size (`MDM_PRESETS`), its `overrides` in place of single fields.
 
         Raises:
             ValueError: an unknown name.
@@ -248,6 +255,7 @@ class MDMConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self.vae_config.vocab_size
 
     @vocab_size.setter
@@ -256,6 +264,7 @@ class MDMConfig(PreTrainedConfig):
 
     @property
     def latent_size(self) -> int:
+        """Width of a position's latent."""
         return self.vae_config.latent_size
 
     @property

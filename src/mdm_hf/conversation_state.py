@@ -49,6 +49,7 @@ class MDMConversationState:
 
     @classmethod
     def of(cls, config: MDMConfig, unseen, seen, has_image: Tensor, length: Tensor) -> "MDMConversationState":
+        """A state that keeps of `config` what another model has to have alike."""
         return cls(unseen, seen, has_image, length, {name: getattr(config, name) for name in SIZES})
 
     def nbytes(self) -> int:

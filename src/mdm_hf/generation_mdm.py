@@ -208,6 +208,10 @@ class MDMGenerationMixin:
                 there, without a class token.
             progress_bar: Show the network calls on a progress bar.
             return_dict_in_generate: False returns `sequences` alone.
+            labels: As in `forward`; where they stand, known text is kept.
+
+        Returns:
+            [`MDMGenerateOutput`], or its `sequences`.
 
         Raises:
             ValueError: inputs that do not fit together, no target, a scheduler that cannot drive this model.
@@ -312,6 +316,7 @@ class MDMGenerationMixin:
         return self.found_steps[key]
 
     def default_scheduler(self) -> DPMSolverMultistepScheduler:
+        """The solver of a model that was saved without one."""
         return default_solver(self.config)
 
     def _tracks(self, layout: SequenceLayout, scheduler, config: MDMGenerationConfig, generators) -> list[_Track]:

@@ -241,7 +241,7 @@ class MDMPreTrainedModel(MDMCheckpointMixin, PreTrainedModel):
 
 class MDMModel(MDMPreTrainedModel):
     """Encodes a sequence, noises its targets and runs the blocks. `forward` is one training or scoring step;
-    `generate` of the head calls its parts."""
+    `generate` of the head calls its parts. Its sizes are those of `config`."""
 
     def __init__(self, config: MDMConfig):
         super().__init__(config)
@@ -288,6 +288,7 @@ class MDMModel(MDMPreTrainedModel):
         self.vae.token_head = value
 
     def layout(self, input_ids, image_grid_hw=None, attention_mask=None, target_mask=None) -> SequenceLayout:
+        """What stands where in each row: see `sequence_layout.py`."""
         grid_hw = input_ids.new_ones(1, 2) if image_grid_hw is None else image_grid_hw.to(input_ids.device)
         return build_layout(self.config, input_ids, attention_mask, target_mask, grid_hw)
 
@@ -491,7 +492,11 @@ def _row_means(values: Tensor, mask: Tensor, is_fill: Tensor | None = None) -> T
 class MDMForMultiModalGeneration(
     MDMPreTrainedModel, MDMGenerationMixin, MDMConversationMixin, MDMModalityGateMixin, MDMScoringMixin
 ):
-    """MDM with its head: predicts the clean latents, computes L_total, generates and scores images and text."""
+    """MDM with its head: predicts the clean latents, computes L_total, generates and scores images and text.
+
+    Args:
+        config: Its sizes; weights are random, those of a checkpoint come by `from_pretrained`.
+    """
 
     output_modalities = ("image", "text")
     accepts_loss_kwargs = False
@@ -566,6 +571,9 @@ class MDMForMultiModalGeneration(
                 no loss. Image targets need none: their pixels are in `pixel_values`.
 
         All other arguments are those of [`MDMModel.forward`].
+
+        Returns:
+            [`MDMOutput`].
 
         Raises:
             ValueError: `labels` without any target or outside the text targets, and whatever [`MDMModel.forward`]

@@ -90,7 +90,7 @@ def _mlp(in_size: int, hidden_size: int, out_size: int, num_hidden_layers: int) 
 
 
 class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
-    """The unified VAE. `forward` auto-encodes images, tokens, or both."""
+    """The unified VAE of an `MDMVAEConfig`, `config`. `forward` auto-encodes images, tokens, or both."""
 
     config: MDMVAEConfig
     base_model_prefix = "vae"

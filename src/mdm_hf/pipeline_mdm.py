@@ -40,16 +40,6 @@ ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 class MDMPipeline(Pipeline):
     """Generates images, text, or both, from any mixture of conditions.
 
-    Example:
-
-    ```python
-    from mdm_hf import MDMPipeline
-
-    pipe = MDMPipeline.from_pretrained("model_cards/mdm-digits")
-    result = pipe(text="a handwritten three", generate="image", seed=0)[0]
-    result["images"][0].save("three.png")
-    ```
-
     Args:
         model: The model, with its head.
         processor: Its processor.
@@ -59,6 +49,13 @@ class MDMPipeline(Pipeline):
             string is its mode. Modes with CUDA graphs have not been tried: the states that the blocks keep for
             later steps are outputs of a graph that the next replay overwrites.
         kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...; and defaults for the options of a call.
+
+    Examples:
+        >>> pipe = MDMPipeline.from_pretrained("model_cards/mdm-digits")
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> three = pipe(text="a handwritten three", generate="image", seed=0)[0]["images"][0]
+        >>> three.size, pipe(images=three, text="is this a three?", generate="text", seed=0)[0]["text"]
+        ((8, 8), ['yes, it is a three'])
     """
 
     _load_processor = True
@@ -87,6 +84,7 @@ class MDMPipeline(Pipeline):
         """Loads model, processor and scheduler from one folder or Hub repository.
 
         Args:
+            pretrained_model_name_or_path: The folder or repository.
             device: "cpu", "cuda:1", ...; the first accelerator by default.
             batch_size: Samples per `generate` call, 32 by default.
             compile: See [`MDMPipeline`].
@@ -123,7 +121,10 @@ class MDMPipeline(Pipeline):
             self.push_to_hub(**hub)
 
     def load_adapter(self, peft_model_id: str, **kwargs):
-        """Puts a PEFT adapter, from a folder or a Hub repository, on the model; see `PreTrainedModel.load_adapter`."""
+        """Puts a PEFT adapter, the folder or Hub repository `peft_model_id`, on the model.
+
+        See `PreTrainedModel.load_adapter`.
+        """
         self.model.load_adapter(str(peft_model_id), **kwargs)
 
     def set_progress_bar_config(self, disable: bool = False):

@@ -68,13 +68,11 @@ class MDMProcessor(ProcessorMixin):
         max_new_tokens: Length in tokens of the canvas of every text to generate.
         num_classes: Number of data categories, to check class ids against; unchecked if None.
 
-    Example:
-
-    ```python
-    inputs = processor(text="a handwritten three", generate="image")
-    [result] = processor.post_process_multimodal_output(model.generate(**inputs))
-    result["images"][0].save("three.png")
-    ```
+    Examples:
+        >>> processor = MDMProcessor.from_pretrained("model_cards/mdm-digits")
+        >>> inputs = processor(text="a handwritten three", generate="image")  # for `model.generate(**inputs)`
+        >>> inputs["target_mask"].sum().item()  # the patches of a picture, 2x2 pixels each
+        16
     """
 
     valid_processor_kwargs = MDMProcessorKwargs
@@ -135,6 +133,7 @@ class MDMProcessor(ProcessorMixin):
 
     @property
     def patch_size(self) -> int:
+        """That of the image processor."""
         return self.image_processor.patch_size
 
     @property

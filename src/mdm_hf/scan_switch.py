@@ -25,7 +25,12 @@ NAMESPACE = namespace_of(__name__)
 
 
 def image_scan_order(height: int, width: int, direction: int) -> Tensor:
-    """Row-major patch indices in the order in which image direction `direction` visits them: (height * width,)."""
+    """Row-major patch indices in the order in which image direction `direction` visits them: (height * width,).
+
+    Examples:
+        >>> [image_scan_order(2, 3, direction).tolist() for direction in (0, 2, 3)]
+        [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 2, 4, 1, 3, 0]]
+    """
     if not 0 <= direction < NUM_IMAGE_ORDERS:
         raise ValueError(f"`direction` is {direction}; images have orders 0 to 3 (rows, columns, each also reversed).")
     patches = torch.arange(height * width).view(height, width)
@@ -130,12 +135,24 @@ _unscan.register_autograd(lambda ctx, grad: (_scan(grad, *ctx.saved_tensors), No
 
 
 def scan(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
-    """Reads `x` (b, l, c) in every direction: out[b, i, k] = x[b, order[b, i, k]]: (b, l, k, c)."""
+    """`x` (b, l, c), read in every direction: out[b, i, k] = x[b, order[b, i, k]]: (b, l, k, c).
+
+    `rank` is the inverse of `order`, what the gradient is gathered by.
+
+    Examples:
+        >>> order = torch.stack([text_scan_order(3, direction) for direction in (0, 1)], dim=-1)[None]
+        >>> read = scan(torch.tensor([[[1.0], [2.0], [3.0]]]), order, invert_order(order))
+        >>> read[0, :, 1, 0], unscan(read, order, invert_order(order)).flatten()  # backwards; twice what was read
+        (tensor([3., 2., 1.]), tensor([2., 4., 6.]))
+    """
     refuse_tangents("scan", x)
     return _scan(x, order, rank)
 
 
 def unscan(y: Tensor, order: Tensor, rank: Tensor) -> Tensor:
-    """Puts `y` (b, l, k, c) back in place and sums over the directions: out[b, j] = sum_k y[b, rank[b, j, k], k]."""
+    """`y` (b, l, k, c), put back in place and summed over the directions: out[b, j] = sum_k y[b, rank[b, j, k], k].
+
+    `order` is the inverse of `rank`.
+    """
     refuse_tangents("unscan", y)
     return _unscan(y, order, rank)

@@ -45,10 +45,15 @@ def normaliser(a: Tensor) -> Tensor:
 def score_entropy(log_score: Tensor, log_ratio: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Eq. 4: sum over y of omega (s - r log s + K(r)), from logarithms: (..., k), (..., k) -> (...).
 
-    `log_ratio` may be -inf, a ratio of zero. Non-negative, and zero only where s = r.
+    `log_score` is log s, `weight` omega; `log_ratio`, log r, may be -inf. Non-negative, and zero only where s = r.
 
     With u = log s - log r a candidate's term is r (e^u - 1 - u), in which nothing larger than the result cancels if
     e^u is expanded at small u; the sum as Eq. 4 writes it is off by 1e-7, of either sign, near its minimum.
+
+    Examples:
+        >>> ratio = torch.tensor([0.2, 0.3, 0.5]).log()
+        >>> score_entropy(ratio, ratio), score_entropy(ratio.flip(0), ratio)
+        (tensor(0.), tensor(0.2749))
     """
     score, ratio = log_score.exp(), log_ratio.exp()
     possible = ratio > 0
@@ -77,7 +82,7 @@ def log_ratio(y: Tensor, z_t: Tensor, z_0: Tensor, alpha_bar_s: Tensor, alpha_ba
 
     With z0_hat in place of z_0 it is f_theta(z_t, y) of Eq. 7. Both are log-ratios up to log p(y), which is the same
     in r and s. Normalising constants are kept; they are the same for all candidates of one s, but not between times.
-    At s = 0 the posterior is a point, and its variance is taken as 1e-7.
+    At s = 0, where `alpha_bar_s` is 1, the posterior is a point, of variance 1e-7; `alpha_bar_t` is that at t.
     """
     mean, variance = posterior(z_0, z_t, alpha_bar_s, alpha_bar_t)
     variance = variance.clamp(min=1e-7)
@@ -93,7 +98,7 @@ def theorem2_log_score(energies: Tensor) -> Tensor:
 def text_score_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. 4 with Y = the vocabulary, r one-hot and s = softmax(logits): the cross-entropy: (..., v), (...) -> (...).
 
-    Positions with label -100 give 0.
+    Positions whose entry of `labels` is -100 give 0.
     """
     flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
     return flat.view(labels.shape)
@@ -112,6 +117,7 @@ def chunked_text_score_entropy(
         decode: Latents (n, d) -> logits (n, vocab_size).
         latents: (..., d).
         labels: (...), token ids, or -100.
+        vocab_size: v.
     """
     size = max(1, LOGITS_IN_MEMORY // vocab_size)
     is_labelled = labels != -100
@@ -134,7 +140,7 @@ def chunked_text_score_entropy(
 
 
 def loss_weight(alpha_bar: Tensor, weighting: str) -> Tensor:
-    """omega over the noise levels, as the weight of ||delta||^2: (...).
+    """omega over the noise levels `alpha_bar`, as the weight of ||delta||^2: (...).
 
     "unit" is 1; "snr_plus_one" is SNR + 1, the squared error of the velocity; "min_snr" is min(SNR, 5), which starves
     the noisy steps in which an image's content is decided.
@@ -181,6 +187,7 @@ def image_score_entropy_sampled(
     in this call, puts it on the scale of `image_score_entropy_exact` with unit weight.
 
     Args:
+        z_0, z0_hat: The clean latent and its prediction (..., d).
         t: Time of z_t in [0, 1] (...); where it is 0 the result is 0.
         table: alpha_bar over time, see `noise_schedule.alpha_bar_table`.
         num_candidates: K.
@@ -203,5 +210,8 @@ def image_score_entropy_sampled(
 
 
 def ddpm_epsilon_loss(z0_hat: Tensor, noise: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """||epsilon_hat - epsilon||^2 / d of the noise that z0_hat implies, the DDPM's own loss: (..., d) -> (...)."""
+    """||epsilon_hat - epsilon||^2 / d of the noise that z0_hat implies, the DDPM's own loss: (..., d) -> (...).
+
+    `noise` is epsilon, and `z_t` what it made of the clean latent at `alpha_bar`.
+    """
     return ((noise_from(z0_hat, z_t, alpha_bar) - noise) ** 2).mean(-1)

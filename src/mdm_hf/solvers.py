@@ -19,7 +19,7 @@ USABLE_SOLVERS = "use DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIM
 
 
 def default_solver(config: MDMConfig) -> DPMSolverMultistepScheduler:
-    """Second-order DPM-Solver++ (Eq. 9, 62) on the model's betas."""
+    """Second-order DPM-Solver++ (Eq. 9, 62) on the betas of `config`."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -31,7 +31,7 @@ def default_solver(config: MDMConfig) -> DPMSolverMultistepScheduler:
 
 
 def solver_named(name: str, config: MDMConfig):
-    """The scheduler of diffusers called `name`, on the model's betas and told to take clean latents.
+    """The scheduler of diffusers called `name`, on the betas of `config` and told to take clean latents.
 
     Raises:
         ValueError: diffusers has no scheduler of that name.

@@ -45,7 +45,14 @@ def ssd_oracle(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The recurrence of Eq. 10-12 (B-bar = dt B, see above), one step at a time in float64; same shapes as `ssd`."""
+    """The recurrence of Eq. 10-12 (B-bar = dt B, see above), one step at a time in float64.
+
+    Args:
+        x, dt, A, B, C, D, initial_states, return_final_states: As in `ssd`.
+
+    Returns:
+        As `ssd`, in float64.
+    """
     x, dt, A, B, C = x.double(), dt.double().clamp(min=0), A.double(), B.double(), C.double()
     heads_per_group = x.shape[2] // B.shape[2]
     B, C = (value.repeat_interleave(heads_per_group, dim=2) for value in (B, C))  # (b, l, h, n)
@@ -102,6 +109,12 @@ def ssd(
     Raises:
         ValueError: A shape does not fit the others, or a dtype or a device.
         RuntimeError: A tensor carries a tangent of forward-mode differentiation.
+
+    Examples:
+        >>> x = dt = torch.ones(1, 4, 1)
+        >>> B = C = torch.ones(1, 4, 1, 1)
+        >>> ssd(x[..., None], dt, torch.tensor([0.5]).log(), B, C).flatten()  # each step halves the state and adds 1
+        tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
     check_ssd_inputs(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states)
     refuse_tangents("ssd", x, dt, A, B, C, D, dt_bias, initial_states)

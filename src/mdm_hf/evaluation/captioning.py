@@ -90,6 +90,8 @@ def cider(
     """CIDEr of each text (n,), whose mean is the corpus' CIDEr, and the tokenizer's name.
 
     Args:
+        said: The texts.
+        humans: For each, what people said.
         with_java: Tokenize as the published numbers do; None where there is Java.
     """
     with_java = shutil.which("java") is not None if with_java is None else with_java

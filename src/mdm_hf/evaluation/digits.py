@@ -23,7 +23,7 @@ class DigitJudge:
         self.classifier = SVC(C=1.0, gamma="scale").fit(as_pixels(images), labels)
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """Digits (n,) of n images."""
+        """The digits (n,) of n `images`."""
         return self.classifier.predict(as_pixels(images))
 
     def accuracy(self) -> float:
@@ -64,6 +64,7 @@ def evaluate_digits(
     Args:
         pipe: [`MDMPipeline`] of a model trained on the digits.
         num_samples: Samples per task.
+        num_inference_steps: Solver steps of each.
         guidance_scale, text_guidance_scale, text_temperature: The model's defaults if None.
         seed: Of samples, captions and questions; no two seeds share a sample.
 

@@ -30,6 +30,7 @@ class InceptionExtractor:
 
     Args:
         path: Its file.
+        device: Where it runs.
 
     Raises:
         ValueError: the file is not there, or no TorchScript.
@@ -74,7 +75,7 @@ def as_batch(images: Sequence[Image.Image]) -> Tensor:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of features (n, d) (Heusel et al. 2017).
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of features `a` and `b` (n, d) (Heusel et al. 2017).
 
     The root's trace is the sum of the roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric.
     """
@@ -86,7 +87,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp(mean KL(p(y | x) || p(y))) of (n, c): mean and deviation over `splits` parts (Salimans et al. 2016)."""
+    """exp(mean KL(p(y | x) || p(y))) of `probabilities`: mean, deviation over `splits` parts (Salimans, 2016)."""
     scores = []
     for part in np.array_split(probabilities, min(splits, len(probabilities))):
         log_ratio = np.log(part.clip(min=1e-30)) - np.log(part.mean(0, keepdims=True).clip(min=1e-30))

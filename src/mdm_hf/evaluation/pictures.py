@@ -20,6 +20,9 @@ def picture_grid(
         cell_size: Side of a cell in pixels.
         caption_lines: Lines reserved for captions.
         headings: Row number -> text above that row.
+
+    Returns:
+        One picture of them all.
     """
     headings = headings or {}
     font, head_font = ImageFont.load_default(size=11), ImageFont.load_default(size=14)

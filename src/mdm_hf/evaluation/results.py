@@ -19,7 +19,7 @@ SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature")
 
 
 def settings_hash(settings: dict) -> str:
-    """Results with the same hash were made with the same settings."""
+    """A hash of the settings: results with the same one were made with the same settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -40,6 +40,13 @@ def bootstrap_interval(
     seed: int = 0,
 ) -> list[float]:
     """Percentile bootstrap of `statistic` over the rows of `values` (n, ...): [low, high].
+
+    Args:
+        values: A row a sample.
+        statistic: Rows to a score.
+        draws: How often the rows are drawn anew.
+        level: Share of the draws between the two ends.
+        seed: Of the draws.
 
     Raises:
         ValueError: no values.

@@ -122,6 +122,7 @@ class ShapesBenchmark:
         self._share("text_to_image", by_category)
 
     def image_to_text(self) -> None:
+        """Captions of pictures: the share that is right, their parts, and CIDEr."""
         scenes = [next_one for next_one, _ in self._scenes(number=self.num_samples)]
         images = [render(scene) for scene in scenes]
         written = [r["text"][0] for r in self._sample("image_to_text", images=images, generate="text")]
@@ -162,6 +163,7 @@ class ShapesBenchmark:
         self.scores["question_answering_by_commonest_answer"] = guessed / len(asked)
 
     def text_only(self) -> None:
+        """Riddles in words: which of four answers `score` finds likeliest, and what is written out."""
         rng = np.random.default_rng((SPLITS[self.split], self.seed, 1))
         riddles = [riddle(rng) for _ in range(self.num_samples)]
         asked = [question for question, _, _ in riddles]
@@ -180,6 +182,7 @@ class ShapesBenchmark:
             self._share("text_only", best)
 
     def image_and_text(self) -> None:
+        """Pictures and captions made of nothing: whether they agree."""
         made = self._sample("image_and_text", text=[None] * self.num_samples, generate=("image", "text"))
         images, written = [r["images"][0] for r in made], [r["text"][0] for r in made]
         read = read_pictures(images)

@@ -50,7 +50,7 @@ class Meaning:
 
 
 def read_pictures(images: Iterable[Image.Image]) -> list[tuple[Shape, ...] | None]:
-    """The shapes of each picture, in reading order; None where one of its quarters cannot be read."""
+    """The shapes of each of `images`, in reading order; None where one of its quarters cannot be read."""
     pixels = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE)), dtype=np.float64) for image in images])
     half = SIZE // 2
     quarters = pixels.reshape(-1, 2, half, 2, half, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, half * half, 3)
@@ -113,7 +113,7 @@ _NUMBERS = {"a": 1, "an": 1} | {word: n for n, word in enumerate(NUMBERS) if n}
 
 
 def read_text(text: str) -> Meaning | None:
-    """What a description or a prompt says; None where a shape is named by halves, or nothing is named."""
+    """What `text`, a description or a prompt, says; None where a shape is named by halves, or nothing is named."""
     mentions: list[Mention] = []
     said: dict = {}
     relation = None
@@ -150,7 +150,7 @@ def read_text(text: str) -> Meaning | None:
 
 
 def agree(said: Meaning | None, shapes: tuple[Shape, ...] | None) -> bool:
-    """Whether a text is true of what is shown and names all of it: every shape once, none besides."""
+    """Whether what is `said` is true of the `shapes` shown and names all of them: every one once, none besides."""
     if said is None or shapes is None:
         return False
     each = [mention for mention in said.mentions for _ in range(mention.number)]

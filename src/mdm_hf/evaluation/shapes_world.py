@@ -53,7 +53,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes in reading order on a ground of a texture, its grey level from 0 to 255, its contrast and its phase."""
+    """One picture's content: shapes on a textured ground.
+
+    Args:
+        shapes: In reading order.
+        ground: Its texture.
+        level, contrast, phase: Its grey level from 0 to 255, its contrast and its phase.
+    """
 
     shapes: tuple[Shape, ...]
     ground: str = "plain"
@@ -68,10 +74,12 @@ class Scene:
         return CLASSES.index(alike.pop()) if len(alike) == 1 else None
 
     def to_json(self) -> str:
+        """The scene as text, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
+        """The scene whose `text` `to_json` wrote."""
         fields = json.loads(text)
         shapes = tuple(Shape(**(one | {"shift": tuple(one["shift"])})) for one in fields.pop("shapes"))
         return cls(shapes, **fields)
@@ -289,6 +297,8 @@ def dataset_row(split: str, index: int) -> dict:
 
 def write_dataset(folder: str | Path, sizes: dict[str, int]) -> Path:
     """Writes the splits as parquet files that `datasets.load_dataset(folder)` reads, `sizes[split]` rows each.
+
+    Returns the folder.
 
     Raises:
         ValueError: `folder` holds something already.

@@ -65,7 +65,7 @@ def _stripped(answer: str) -> str:
 
 
 def soft_accuracy(answer: str, humans: Sequence[str]) -> float:
-    """min(1, n / 3), averaged over leaving out each human in turn.
+    """min(1, n / 3) of n `humans` whose answer `answer` is, averaged over leaving out each human in turn.
 
     Raises:
         ValueError: fewer than two humans.

@@ -89,6 +89,9 @@ def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False
         repo_id: Where it will lie, for the code that is shown; the folder's own path if None.
         overwrite: Replace a README.md that was not made here.
 
+    Returns:
+        The README.md.
+
     Raises:
         ValueError: the README.md is somebody's; what `card_of` and `check_card` refuse.
     """

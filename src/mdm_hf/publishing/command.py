@@ -1,4 +1,4 @@
-"""The command line's `mdm card`, `mdm push` and `mdm pull`."""
+"""The command line's `mdm card`, `mdm push`, `mdm pull` and `mdm serve`."""
 
 from pathlib import Path
 
@@ -33,6 +33,17 @@ def add_commands(command) -> None:
     pull.add_argument("--overwrite", action="store_true", help="into a folder that holds other things")
     pull.add_argument("--dry-run", action="store_true", help="list what would be fetched; fetch nothing")
 
+    serve = command("serve", _serve, "show a model in the browser", "mdm serve --model model_cards/mdm-digits")
+    serve.add_argument(
+        "--model", default="model_cards/mdm-digits", help="folder or Hub repository (default: %(default)s)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines too (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    serve.add_argument("--share", action="store_true", help="also under a public address, for three days")
+    serve.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    serve.add_argument("--concurrency", type=int, default=1, help="calls of the network at a time (default: 1)")
+    serve.add_argument("--max-queue", type=int, default=64, help="requests that may wait (default: %(default)s)")
+
 
 def _card(options) -> None:
     from .card import read_notes, write_card
@@ -63,6 +74,13 @@ def _pull(options) -> None:
         return
     folder = pull(options.repo_id, options.folder, options.revision, options.overwrite)
     print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
+
+
+def _serve(options) -> None:
+    from .space import serve
+
+    names = ("model", "host", "port", "share", "device", "concurrency", "max_queue")
+    serve(**{name: getattr(options, name) for name in names})
 
 
 def _print_files(sizes: dict[str, int]) -> None:

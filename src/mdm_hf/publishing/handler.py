@@ -55,7 +55,13 @@ class EndpointHandler:
         self.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, data: dict[str, Any]) -> Any:
-        """A request's body, decoded, in; a PIL image where one picture alone is asked for, else a list of dicts.
+        """Answers a request.
+
+        Args:
+            data: The request's body, decoded.
+
+        Returns:
+            A PIL image where one picture alone is asked for, else a list of dicts.
 
         Raises:
             ValueError: a request that cannot be answered.

@@ -147,6 +147,10 @@ def pull(
         folder: New, or of an earlier pull, which then goes on.
         revision: Branch, tag or commit; main if None.
         overwrite: Write into a folder that holds other things.
+        token: The one that `hf auth login` keeps if None.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: the folder holds other things; weights that are missing or not whole.

@@ -129,7 +129,7 @@ def _indices(split: str) -> np.ndarray:
 
 
 def load_digits_split(split: str) -> tuple[list[Image.Image], np.ndarray]:
-    """The 8x8 grey images of "train" or "heldout", and their labels (n,)."""
+    """The 8x8 grey images of a split, "train" or "heldout", and their labels (n,)."""
     pixels, labels = _digits()
     chosen = _indices(split)
     return [Image.fromarray(pixels[i]) for i in chosen], labels[chosen]

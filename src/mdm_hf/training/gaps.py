@@ -15,6 +15,8 @@ SCATTERED = 1 / 3  # of gaps are here and there, as token selection leaves them
 def with_gaps(messages: list[dict], rng: np.random.Generator, share: float) -> list[dict]:
     """Masks targets of the last message in a `share` of cases: at least one part, each of several in half of them.
 
+    Returns a copy of `messages`; `rng` draws.
+
     Of an image a box is to be made, or all but a box; of a text some words, or all from some word on; of either, in a
     third of cases, places here and there.
     """

@@ -217,12 +217,13 @@ def estimate_training(
     processes: int = 1,
     is_sharded: bool = False,
 ) -> TrainingEstimate:
-    """Estimates a run of AdamW.
+    """What a run of AdamW takes, in bytes and seconds.
 
     Args:
         config: Of the full model.
         make_batch: Number of rows -> inputs with labels, on the CPU.
         rows: Rows of a process's micro-batch.
+        device: Where the probe runs.
         dtype, autocast: Of the weights, and of the arithmetic if another.
         prepare: What is done to the model before it is trained: freezing, LoRA, gradient checkpointing.
         has_average: An EMA is kept.

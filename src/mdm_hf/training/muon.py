@@ -63,6 +63,11 @@ def muon_for(
 ) -> MuonWithAdamW:
     """The optimiser of a model: Muon takes the trained weights of the linear projections in its `blocks`.
 
+    Args:
+        model: Whose trained parameters are optimised.
+        blocks: Its blocks.
+        lr, betas, eps, weight_decay: See [`MuonWithAdamW`].
+
     Raises:
         ValueError: none of them is trained.
     """

@@ -220,6 +220,9 @@ def read_source(
             [`RecordSource`].
         split_text: Its `split`, which is the name of something else here.
 
+    Returns:
+        A source for a mix.
+
     Raises:
         ValueError: there is no such data set, split or adapter, with what was got, what is needed, what to do.
     """

@@ -55,7 +55,14 @@ OURS = {"output_dir", "seed", "remove_unused_columns", "train_sampling_strategy"
 
 
 def load_recipe(path: str | Path, changes: list[str] | tuple[str, ...] = ()) -> dict:
-    """Reads a recipe and applies `changes`, "stages.diffusion.max_steps=100" and the like, their values as YAML.
+    """Reads a recipe and applies changes to it.
+
+    Args:
+        path: Its YAML file.
+        changes: "stages.diffusion.max_steps=100" and the like, their values as YAML.
+
+    Returns:
+        The recipe, checked.
 
     Raises:
         ValueError: no such file, no YAML, a key that no recipe has, or one that is missing.

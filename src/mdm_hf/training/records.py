@@ -34,7 +34,7 @@ BAD_KINDS = ("missing field", "bad value", "empty text", "missing image", "corru
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. `kind`, one of `BAD_KINDS`, is what it is counted under."""
+    """A row that cannot be used: `message` says why, and `kind`, one of `BAD_KINDS`, is what it is counted under."""
 
     def __init__(self, message: str, kind: str = "bad value"):
         super().__init__(message)
@@ -84,8 +84,10 @@ def conversation_of(
     """One training example of `task`; what a record has several of is drawn at random.
 
     Args:
+        record: What the row holds.
         task: One of `TASKS`. `text` is a caption, or plain text, under no condition; `conversation` ends at an
             assistant turn drawn at random, with everything before it as context.
+        rng: Source of all that is drawn.
         condition_dropout: Probability to leave out the condition of class_to_image and text_to_image: what guidance
             contrasts with.
         infill: Share of examples whose targets are known in part; see [`with_gaps`].

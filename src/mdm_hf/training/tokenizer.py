@@ -171,7 +171,22 @@ def build_tokenizer(
     is_size_exact: bool = True,
     keeps_words: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on `sentences` and saves it in the folder `output`; see `train_sentencepiece`."""
+    """Trains a tokenizer on `sentences` and saves it in the folder `output`.
+
+    Args:
+        sentences: Texts to learn from, read once.
+        vocab_size: Number of tokens, control tokens and bytes included.
+        output: Folder to write.
+        required_characters: Characters that are pieces however rare they are.
+        num_threads: Of SentencePiece.
+        is_size_exact, keeps_words: See `train_sentencepiece`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` does not suit the corpus.
+    """
     model = train_sentencepiece(sentences, vocab_size, required_characters, num_threads, is_size_exact, keeps_words)
     tokenizer = to_fast_tokenizer(model)
     tokenizer.save_pretrained(output)

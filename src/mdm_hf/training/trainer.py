@@ -61,12 +61,13 @@ def as_sharded(whole: Tensor, like: Tensor) -> Tensor:
 
 
 class ConversationCollator:
-    """Conversations -> one padded batch; the last assistant message of each holds its targets."""
+    """Conversations -> one padded batch, by a `processor`; the last assistant message of each holds its targets."""
 
     def __init__(self, processor: MDMProcessor):
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
+        """The batch of `examples`, dicts of "messages" and what else a row has."""
         return dict(self.processor.apply_chat_template([e["messages"] for e in examples], return_tensors="pt"))
 
 
@@ -75,6 +76,9 @@ class EMACallback(TrainerCallback):
 
     Of a model that FSDP2 shards every process averages its own shard. Frozen weights, a pixel autoencoder's or those
     under an adapter, are left out.
+
+    Args:
+        decay: What of the average stays at each step.
     """
 
     def __init__(self, decay: float = 0.9999):
@@ -112,6 +116,7 @@ class EMACallback(TrainerCallback):
         self.ema.copy_to(trained_parameters(model))
 
     def swap_out(self, model):
+        """Gives the model back the weights that `swap_in` put aside."""
         self.ema.restore(_trained_at_rest(model))
 
 
@@ -131,7 +136,10 @@ def _trained_at_rest(model) -> list:
 class SampleGridCallback(TrainerCallback):
     """Draws samples from the averaged weights every `every` steps: output_dir/samples/step-*.png.
 
-    `draw` is given the model and the step, and returns a picture, or None for nothing to keep.
+    Args:
+        draw: Is given the model and the step, and returns a picture, or None for nothing to keep.
+        ema: Whose average is drawn from.
+        every: Steps between pictures.
     """
 
     def __init__(self, draw: Callable[[torch.nn.Module, int], Image.Image | None], ema: EMACallback, every: int):
