@@ -82,7 +82,7 @@ test-space: $(SPACE_VENV)/.installed
 $(SPACE_VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(SPACE_VENV)
 	{ $(BIN)/python -c '$(SITE)'; echo $(CURDIR)/src; } > "$$($(SPACE_VENV)/bin/python -c '$(SITE)')/beside.pth"
-	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	{ grep -v '^pillow==' constraints.txt; echo pillow==12.3.0; } > $(SPACE_VENV)/constraints.txt
 	$(SPACE_VENV)/bin/python -m pip install --quiet -c $(SPACE_VENV)/constraints.txt gradio selenium
 	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends chromium chromium-driver; } \

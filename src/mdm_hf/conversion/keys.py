@@ -8,8 +8,6 @@ from torch import Tensor
 
 
 SHOWN = 5  # names in a message
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READ = (torch.float64, *DTYPES.values())
 
 
 class KeyTable:
@@ -73,7 +71,7 @@ def check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
         wanted: The model's state dict; its values only for their shapes.
 
     Raises:
-        ValueError: a weight is missing, unknown, of another shape, no plain floating-point tensor, or not finite.
+        ValueError: a weight is missing, unknown, of another shape, no floating-point tensor, or not finite.
     """
     if missing := set(wanted) - set(weights):
         raise ValueError(f"Got weights without {some(missing)}; need all of the model's; check config and checkpoint.")
@@ -85,28 +83,7 @@ def check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
                 f"Got {name} of shape {list(weight.shape)}; the config makes it {list(wanted[name].shape)}; need the "
                 "config that the checkpoint was trained with."
             )
-        if weight.dtype not in READ or weight.layout != torch.strided or weight.is_meta:
-            raise ValueError(
-                f"Got {name} of {weight.dtype}, {weight.layout}, on {weight.device}; need a floating-point weight of "
-                "16, 32 or 64 bits, dense, its values there."
-            )
+        if not weight.is_floating_point():
+            raise ValueError(f"Got {name} of {weight.dtype}; need a floating-point weight.")
         if not torch.isfinite(weight).all():
             raise ValueError(f"Got {name} with values that are not finite; need a checkpoint of before they came up.")
-
-
-def in_dtype(weights: Mapping[str, Tensor], dtype: str | None, kept: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Weights rounded to a dtype of `DTYPES`; those whose last name is among `kept`, to float32. As they are if None.
-
-    Raises:
-        ValueError: a value is beyond the dtype.
-    """
-    if dtype is None:
-        return dict(weights)
-    last = set(kept)
-    rounded = {
-        name: weight.to(torch.float32 if name.rpartition(".")[2] in last else DTYPES[dtype])
-        for name, weight in weights.items()
-    }
-    if beyond := [name for name, weight in rounded.items() if not torch.isfinite(weight).all()]:
-        raise ValueError(f"Got {some(beyond)} with values beyond {dtype}; need a wider dtype; take float32.")
-    return rounded
