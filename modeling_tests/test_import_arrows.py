@@ -25,6 +25,7 @@ PACKAGE = ROOT / "src" / "mdm_hf"
 
 OPS = {
     "noise_schedule",
+    "seeded_noise",
     "custom_ops",
     "scan_switch",
     "causal_conv",
@@ -43,6 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "pixel_autoencoder": set(),
     "configuration_mdm": {"pixel_autoencoder"},  # what stands in a config, it says itself
     "noise_schedule": set(),
+    "seeded_noise": set(),
     "custom_ops": set(),
     "scan_switch": {"custom_ops"},
     "causal_conv": {"custom_ops"},

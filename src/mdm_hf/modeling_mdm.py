@@ -42,6 +42,7 @@ from .score_entropy import (
     loss_weight,
 )
 from .scoring_mdm import MDMScoringMixin
+from .seeded_noise import fold, seeded_normal, seeded_uniform
 from .sequence_layout import (
     AttentionPlan,
     ScanPlan,
@@ -341,18 +342,18 @@ class MDMModel(MDMPreTrainedModel):
     def draw(self, layout: SequenceLayout, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a forward pass needs of chance: uniform (b, 5), normal (3 in training, else 1; b, l, latent_size).
 
-        With `seeds` a row's numbers depend on its own seed and length alone.
+        With `seeds` a row's numbers depend on its own seed alone, position for position.
         """
         (b, l), device = layout.input_ids.shape, layout.input_ids.device
-        normals = (3 if self.training else 1), self.config.latent_size
+        count, size = (3 if self.training else 1), self.config.latent_size
         if seeds is None:
-            return torch.rand(b, 5, device=device), torch.randn(normals[0], b, l, normals[1], device=device)
-        uniform, normal = torch.empty(b, 5), torch.zeros(normals[0], b, l, normals[1])
-        for i, (seed, is_real) in enumerate(zip(seeds.tolist(), (~layout.is_padding).cpu(), strict=True)):
-            generator = torch.Generator().manual_seed(seed)
-            uniform[i] = torch.rand(5, generator=generator)
-            normal[:, i, is_real] = torch.randn(normals[0], int(is_real.sum()), normals[1], generator=generator)
-        return uniform.to(device), normal.to(device)
+            return torch.rand(b, 5, device=device), torch.randn(count, b, l, size, device=device)
+        seeds = seeds.to(device).long()
+        uniform = seeded_uniform(seeds.unsqueeze(1), torch.arange(-5, 0, device=device))
+        is_real = (~layout.is_padding).long()
+        place = (is_real.cumsum(1) - 1).unsqueeze(-1) * size + torch.arange(size, device=device)  # (b, l, size)
+        streams = fold(seeds, torch.arange(count, device=device).unsqueeze(1))  # (count, b)
+        return uniform, seeded_normal(streams[..., None, None], place) * is_real.unsqueeze(-1)
 
     def timesteps_from(self, uniform: Tensor, layout: SequenceLayout) -> Tensor:
         """t of image and text, independent and uniform in (0, 1], (b, 2). Where a row targets both, one of the two is

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
@@ -25,6 +24,7 @@ from transformers.utils import logging
 
 from ..modeling_mdm import LOSS_PARTS
 from ..processing_mdm import MDMProcessor
+from ..seeded_noise import fold
 from .measures import LossMeter, Throughput
 
 
@@ -250,10 +250,10 @@ class MDMTrainer(Trainer):
         args = self.args
         size = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
         first = (seen * args.world_size + args.process_index) * size
-        places = range(first, first + len(input_ids))
-        entropy = [(args.seed, int(is_training), max(step, 0), place) for place in places]
-        drawn = [int(np.random.SeedSequence(one).generate_state(1, np.uint64)[0]) >> 1 for one in entropy]
-        return torch.tensor(drawn, device=input_ids.device)
+        seed = torch.tensor(args.seed, device=input_ids.device)
+        for number in (int(is_training), max(step, 0)):
+            seed = fold(seed, torch.tensor(number, device=input_ids.device))
+        return fold(seed, torch.arange(first, first + len(input_ids), device=input_ids.device))
 
     def evaluation_loop(self, *args, **kwargs):
         self._batches[False] = (-1, 0)
