@@ -37,8 +37,8 @@ from mdm_hf.sequence_layout import image_of_each_row, plan_scans
 # Where a block spends its time, by the names of the operators that torch's profiler sees.
 PARTS = {
     "projections": ("linear",),
-    "gather and merge": ("scan", "unscan"),
-    "convolution and SiLU": ("conv_forward", "silu", "silu_"),
+    "gather and merge": ("scan", "unscan", "merge_gate_norm"),
+    "convolution and SiLU": ("conv_forward", "scan_conv", "silu", "silu_"),
     "selective scan": ("ssd_forward",),
 }
 
@@ -70,7 +70,7 @@ def build(options, device: str, **overrides) -> MDMForMultiModalGeneration:
         **overrides,
     )
     torch.manual_seed(0)
-    return MDMForMultiModalGeneration(config).eval().to(device)
+    return MDMForMultiModalGeneration(config).eval().to(device, getattr(torch, options.dtype))
 
 
 def as_transformer(model: MDMForMultiModalGeneration) -> MDMForMultiModalGeneration:
@@ -80,7 +80,7 @@ def as_transformer(model: MDMForMultiModalGeneration) -> MDMForMultiModalGenerat
     blocks = [TransformerBlock(model.config, parameters) for _ in layers]
     found = sum(p.numel() for p in blocks[0].parameters())
     assert abs(found / parameters - 1) < 0.01, f"the peer has {found} parameters a block, MDM {parameters}"
-    model.model.layers = nn.ModuleList(blocks).to(model.device).eval()
+    model.model.layers = nn.ModuleList(blocks).to(model.device, model.dtype).eval()
     return model
 
 
@@ -146,7 +146,7 @@ def one_block(options, device: str, length: int = 1024, **overrides):
     layout = model.layout(inputs["input_ids"], inputs["image_grid_hw"], None, inputs["target_mask"])
     plan = plan_scans(model.config, layout, image_of_each_row(layout))
     plan = plan.alternating()[0] if model.config.scan_sharing == "alternate" else plan
-    h = torch.randn(1, inputs["input_ids"].shape[1], model.config.hidden_size, device=device)
+    h = torch.randn(1, inputs["input_ids"].shape[1], model.config.hidden_size, device=device, dtype=model.dtype)
     block = model.layers[0]
     return torch.no_grad()(lambda: block(h, plan))
 
@@ -158,9 +158,10 @@ def directions_table(options, device: str) -> dict:
     for name in ("1", "1", "4"):  # the first profile is slow, and replaced
         with torch.profiler.profile() as profile:
             calls[name]()
-        total = {event.key.rpartition("::")[2]: event.cpu_time_total / 1e3 for event in profile.key_averages()}
+        spent = "cpu_time_total" if device == "cpu" else "device_time_total"
+        total = {event.key.rpartition("::")[2]: getattr(event, spent) / 1e3 for event in profile.key_averages()}
         shares[name] = {part: sum(total.get(op, 0.0) for op in ops) for part, ops in PARTS.items()}
-        whole = sum(event.self_cpu_time_total for event in profile.key_averages()) / 1e3
+        whole = sum(getattr(event, f"self_{spent}") for event in profile.key_averages()) / 1e3
         shares[name]["rest"] = whole - sum(shares[name].values())
     return {"seconds": seconds, "ratio_4_to_1": seconds["4"] / seconds["1"], "milliseconds": shares}
 
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 64, 256, 1024])
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 48, 64], help="patches on a side")
     parser.add_argument("--steps", type=int, default=6, help="denoising steps a measurement")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
@@ -212,7 +214,7 @@ def main() -> None:
         options.prompts, options.sides = [0, 1024], [8, 64]
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {"machine": machine(), "parameters": sum(p.numel() for p in build(options, device).parameters())}
+    result = {"machine": machine(), "dtype": options.dtype, "parameters": sum(p.numel() for p in build(options, device).parameters())}
     tables = {
         "prompt": prompt_table,
         "targets": targets_table,

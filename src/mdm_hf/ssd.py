@@ -191,6 +191,12 @@ def chunks_of(x: Tensor, chunk_size: int | None) -> tuple[int, int]:
     return chunks, -(-x.shape[1] // chunks)
 
 
+def kernel_chunk(x: Tensor, chunk_size: int | None) -> int:
+    """Steps in a chunk of the kernels, which compute whole chunks: the power of two that a short sequence fills."""
+    length = max(16, 2 ** (x.shape[1] - 1).bit_length())
+    return min(length, LONGEST_CHUNK if chunk_size is None else chunk_size)
+
+
 # Which kernel runs is decided inside the ops: `torch.compile` could not look for one.
 
 
@@ -214,7 +220,7 @@ def ssd_forward(
         if kernel is None:
             y, final_state, states = scan_in_chunks(*tensors, steps, need_final_state, keep_states)
         else:
-            y, final_state, states = *kernel.forward(*tensors, chunk_size or LONGEST_CHUNK), None
+            y, final_state, states = *kernel.forward(*tensors, kernel_chunk(x, chunk_size)), None
     nothing = dt.new_empty(0)
     final_state = final_state if need_final_state else nothing
     return y.contiguous(), final_state, nothing.clone() if states is None else states
@@ -253,7 +259,7 @@ def ssd_backward(
                 *_, before = scan_in_chunks(*tensors, initial_states, steps, need_final_state=False, keep_states=True)
             *found, d_initial = differentiate_in_chunks(dy, d_state, *tensors, before, steps)
         else:
-            *found, d_initial = kernel.backward(dy, d_state, *tensors, initial_states, chunk_size or LONGEST_CHUNK)
+            *found, d_initial = kernel.backward(dy, d_state, *tensors, initial_states, kernel_chunk(x, chunk_size))
     dx, ddt, dA, dB, dC, dD = (value.contiguous() for value in found)
     return dx, ddt, dA, dB, dC, dD, dt.new_empty(0) if initial_states is None else d_initial
 
