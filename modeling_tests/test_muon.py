@@ -97,3 +97,16 @@ def test_a_model_without_trained_blocks_is_refused():
         ValueError, match="Got a model with no trained block for muon; need .* leave out `optim: muon`"
     ):
         muon_for(model, model.model.layers, 0.1)
+
+
+def test_a_step_is_that_of_torchs_muon_up_to_its_half_precision():
+    (matrix, other), (theirs, _) = two_parameters(), two_parameters()
+    ours = MuonWithAdamW([matrix], [other], lr=0.01, weight_decay=0.1)
+    torchs = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        give_gradients([matrix, other], seed)
+        theirs.grad = matrix.grad.clone()
+        ours.step()
+        torchs.step()
+    torch.testing.assert_close(matrix, theirs, atol=4e-4, rtol=0)  # of steps of 0.002 each
+    assert ours.state[matrix].keys() == torchs.state[theirs].keys()
