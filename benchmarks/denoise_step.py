@@ -214,7 +214,11 @@ def main() -> None:
         options.prompts, options.sides = [0, 1024], [8, 64]
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {"machine": machine(), "dtype": options.dtype, "parameters": sum(p.numel() for p in build(options, device).parameters())}
+    result = {
+        "machine": machine(),
+        "dtype": options.dtype,
+        "parameters": sum(p.numel() for p in build(options, device).parameters()),
+    }
     tables = {
         "prompt": prompt_table,
         "targets": targets_table,

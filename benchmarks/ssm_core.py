@@ -107,7 +107,9 @@ def check(width: int, device: str, dtype: torch.dtype = torch.float32) -> dict:
     """Largest error of each scan against the float64 recurrence, relative to the largest output."""
     values = tensors(300, width, device, dtype)
     exact = ssd_oracle(**values)
-    limit = 3e-2 if dtype != torch.float32 else 1e-4 if device == "cpu" else 5e-3  # Triton's fp32 product keeps ten bits
+    limit = (
+        3e-2 if dtype != torch.float32 else 1e-4 if device == "cpu" else 5e-3
+    )  # Triton's fp32 product keeps ten bits
     errors = {name: float((scan(**values) - exact).abs().max() / exact.abs().max()) for name, scan in SCANS.items()}
     wrong = {name: error for name, error in errors.items() if not error < limit}
     if wrong:

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 from tiny import model_with, save_autoencoder, tiny_config, tiny_model
 from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
@@ -22,11 +23,13 @@ from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.conversion.build_tokenizer import digits_corpus
 from mdm_hf.conversion.convert import convert
-from mdm_hf.conversion.files import new_file, new_folder
+from mdm_hf.conversion.files import new_file, new_folder, read_folder
 from mdm_hf.conversion.keys import KeyTable, check_weights
 from mdm_hf.conversion.mamba2 import start_from_mamba2, to_mamba2
 from mdm_hf.sequence_layout import ScanPlan
+from mdm_hf.training.assembly import freeze
 from mdm_hf.training.tokenizer import train_sentencepiece
+from mdm_hf.training.trainer import trained_parameters
 
 
 DIGITS = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
@@ -388,7 +391,7 @@ def test_a_mamba2_with_more_groups_is_refused(tmp_path) -> None:
     mamba2().save_pretrained(tmp_path / "theirs")
     config = tmp_path / "theirs" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"n_groups": 2}))
-    with pytest.raises(ValueError, match="with 2 groups of B and C; a block of MDM has one"):
+    with pytest.raises(ValueError, match="with n_groups 2; a block of MDM computes with 1"):
         convert(tmp_path / "theirs", tmp_path / "ours", like="mdm-digits")
 
 
@@ -525,3 +528,127 @@ def test_a_conversion_that_there_is_not_is_refused(tmp_path, folder) -> None:
         convert(tmp_path / "theirs", tmp_path / "ours")
     with pytest.raises(ValueError, match="without a pixel autoencoder; need a model that has one"):
         convert(folder, tmp_path / "out", kind="autoencoder")
+
+
+@pytest.mark.parametrize("frozen", [None, "encoder", "vae"])
+def test_the_trainers_own_average_goes_out_with_its_weights(model, folder, tmp_path, frozen) -> None:
+    trained = freeze(tiny_model(), "diffusion", {"freeze": frozen})
+    averaged = [parameter * 0.5 for parameter in trained_parameters(trained)]
+    save_file({str(i): value.detach().contiguous() for i, value in enumerate(averaged)}, folder / "ema.safetensors")
+    convert(folder, tmp_path / "out.pt")
+    held = torch.load(tmp_path / "out.pt", weights_only=True)
+    is_trained = {name.removeprefix("model."): p.requires_grad for name, p in trained.named_parameters()}
+    assert {name for name, value in held["ema"].items() if not torch.equal(value, held["model"][name])} <= {
+        name for name, yes in is_trained.items() if yes
+    }
+    for name, yes in is_trained.items():
+        assert torch.equal(held["ema"][name], held["model"][name] * (0.5 if yes else 1.0)), name
+
+
+def test_an_average_of_another_model_is_refused(folder, tmp_path) -> None:
+    save_file({"0": torch.zeros(3), "1": torch.zeros(2, 2)}, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match="2 numbered weights, which are those of no stage of this model"):
+        convert(folder, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_weights_of_an_earlier_saving_beside_the_models_are_not_read(model, folder, tmp_path) -> None:
+    stale = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(stale, folder / "model-00001-of-00001.safetensors")
+    convert(folder, tmp_path / "out.pt")
+    held = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert equal(held, {name.removeprefix("model."): value for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["weight_map"].popitem(), "without"),
+        (
+            lambda index: index["weight_map"].update({"model.norm.weight": "../elsewhere.safetensors"}),
+            "no file beside",
+        ),
+        (lambda index: index["weight_map"].update({"model.norm.weight": "lost.safetensors"}), "no file beside"),
+        (
+            lambda index: index["weight_map"].update({"other": index["weight_map"]["model.norm.weight"]}),
+            "other, which",
+        ),
+        (lambda index: index.pop("weight_map"), "cannot be followed"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_refused(model, tmp_path, change, message) -> None:
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "shards", tmp_path / "out.pt")
+
+
+def test_two_files_that_could_be_meant_are_refused(tmp_path) -> None:
+    for name in ("a", "b"):
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="with a.safetensors, b.safetensors; need model.safetensors, its shards"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; a block of MDM computes with 'silu'"),
+        ({"use_bias": True}, "use_bias True; a block of MDM computes with False"),
+        ({"use_conv_bias": False}, "use_conv_bias False"),
+        ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit \[0.001, 0.1\]"),
+        (
+            {"layer_norm_epsilon": 1e-6},
+            "layer_norm_epsilon 1e-06; a block of MDM computes with 1e-05.*or a model with",
+        ),
+        ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate True"),
+        ({"ssm_cfg": {"D_has_hdim": True}}, "D_has_hdim True"),
+        ({"attn_layer_idx": [3]}, r"attn_layer_idx \[3\]"),
+        ({"d_intermediate": 64}, "d_intermediate 64"),
+    ],
+)
+def test_a_mamba2_that_computes_something_else_is_refused_by_the_settings_name(tmp_path, setting, message) -> None:
+    theirs = Mamba2Config(
+        vocab_size=8, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1, num_hidden_layers=3
+    )
+    Mamba2ForCausalLM(theirs).save_pretrained(tmp_path / "theirs")
+    tiny_model().save_pretrained(tmp_path / "like")
+    convert(tmp_path / "theirs", tmp_path / "fine", like=str(tmp_path / "like"))
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "theirs", tmp_path / "made", like=str(tmp_path / "like"))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda proto: setattr(proto.normalizer_spec, "add_dummy_prefix", False),
+            "normalizer_spec.add_dummy_prefix Fal",
+        ),
+        (lambda proto: setattr(proto.normalizer_spec, "remove_extra_whitespaces", False), "remove_extra_whitespaces"),
+        (lambda proto: setattr(proto.normalizer_spec, "escape_whitespaces", False), "escape_whitespaces False"),
+        (lambda proto: setattr(proto.trainer_spec, "byte_fallback", False), "trainer_spec.byte_fallback False"),
+        (lambda proto: setattr(proto.trainer_spec, "treat_whitespace_as_suffix", True), "treat_whitespace_as_suffix"),
+        (lambda proto: setattr(proto.pieces[-1], "type", 4), "a user-defined or unused piece"),
+        (lambda proto: setattr(proto.pieces[-1], "type", 5), "a user-defined or unused piece"),
+        (
+            lambda proto: proto.normalizer_spec.ClearField("precompiled_charsmap"),
+            "need one with a table of characters",
+        ),
+        (lambda proto: setattr(proto.denormalizer_spec, "precompiled_charsmap", b"x"), "and none for decoding"),
+    ],
+)
+def test_a_sentencepiece_model_that_reads_texts_otherwise_is_refused(tmp_path, change, message) -> None:
+    convert(DIGITS, tmp_path / "digits.model")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "digits.model").read_bytes())
+    change(proto)
+    (tmp_path / "other.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "other.model", tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()

@@ -2,6 +2,7 @@
 
 import pydoc_data.topics
 import string
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,16 @@ def test_whole_words_are_pieces_of_a_small_corpus() -> None:
     assert "▁and" not in plain.tokenize("a red circle and no more")
     assert kept.tokenize("a red circle and no more") == ["▁a", "▁red", "▁circle", "▁and", "▁no", "▁more"]
     assert kept.decode(kept("a blue fox, and 7 more!")["input_ids"]) == "a blue fox, and 7 more!"
+
+
+MARKS = "\u0301\u0302\u0323\u0307\u0327\u0308"
+
+
+@pytest.mark.parametrize("letter", [*"aeqx", "가", "ﷺ", "ẛ", "ﬁ", "½", "क"])
+def test_no_mark_is_lost_however_many_stand_on_a_letter(english: list[str], letter: str) -> None:
+    model = train_sentencepiece(english, 2000)
+    oracle, fast = sentencepiece.SentencePieceProcessor(model_proto=model), to_fast_tokenizer(model)
+    for marks in [*MARKS, *(one + other for one in MARKS for other in MARKS)]:
+        ids = fast(f"so {letter}{marks} and on", add_special_tokens=False)["input_ids"]
+        expected = oracle.decode(oracle.encode(f"so {letter}{marks} and on"))
+        assert unicodedata.normalize("NFKC", fast.decode(ids)) == unicodedata.normalize("NFKC", expected), ascii(marks)

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 
-GAMMA, FIRST, SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # 0x9e37..., 0xbf58..., 0x94d0...
+GAMMA, FIRST, SECOND = (
+    -7046029254386353131,
+    -4658895280553007687,
+    -7723592293110705685,
+)  # 0x9e37..., 0xbf58..., 0x94d0...
 
 
 def _shifted(x: Tensor, count: int) -> Tensor:

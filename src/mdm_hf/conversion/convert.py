@@ -153,12 +153,11 @@ def _read(source: Path, came: str, like: str | None, use: str | None, seed: int)
     torch.manual_seed(seed)
     is_trained = like not in MDM_PRESETS and any(Path(like).glob("*.safetensors"))
     if came == "mamba2":
-        weights = read_mamba2(source)
         if is_trained:
             model = MDMForMultiModalGeneration.from_pretrained(like)
         else:
             model = MDMForMultiModalGeneration(_config(like))
-        start_from_mamba2(model, weights)
+        start_from_mamba2(model, read_mamba2(source, model.config.rms_norm_eps))
         return model.eval()
     config = _config(like).with_pixel_autoencoder(str(source))
     model = MDMForMultiModalGeneration(config)

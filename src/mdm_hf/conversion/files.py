@@ -6,6 +6,7 @@
 - What is written lies in a folder beside its place until it is whole.
 """
 
+import json
 import pickle
 import shutil
 import zipfile
@@ -67,19 +68,52 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all `.safetensors` files of a folder, else of its pickles.
+    """The weights of a folder, from the files that transformers would load.
+
+    Those are `model.safetensors`, or the shards that its index names; else `pytorch_model.bin`, or its shards; else
+    the only `.safetensors` or `.bin` that there is. What lies beside them, of an earlier saving say, is not read.
 
     Raises:
-        ValueError: it has neither, or one is not whole.
+        ValueError: there are none, several that could be meant, an index that cannot be followed, or one is not whole.
     """
     weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= read_safetensors(path)
-    for path in sorted(folder.glob("*.bin")) if not weights else ():
-        weights |= tensors_of(read_pickle(path), path)
-    if not weights:
-        raise ValueError(f"Got {folder} without weights; need *.safetensors or *.bin in it; check the folder.")
-    return weights
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _read(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            for shard, names in _shards(index).items():
+                held = _read(folder / shard)
+                if missing := [one for one in names if one not in held]:
+                    raise ValueError(f"Got {folder / shard} without {missing[0]}, which {index.name} says it has.")
+                weights |= {one: held[one] for one in names}
+            return weights
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:4]) or "no weights"
+        raise ValueError(
+            f"Got {folder} with {names}; need model.safetensors, its shards with their index, or one file of weights; "
+            "check the folder, or name the file."
+        )
+    return _read(found[0])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else tensors_of(read_pickle(path), path)
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """File -> names of its weights, as an index has them."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for name, shard in places.items():
+            if Path(shard).name != shard or not (index.parent / shard).is_file():
+                raise ValueError(f"{shard!r} is no file beside it")
+            shards.setdefault(shard, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"Got {index}, which cannot be followed ({error}); need it and all its shards.") from error
+    return shards
 
 
 def tensors_of(given: Any, where: Any) -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ and are left: ours come from the folder or preset that is given.
 """
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +45,37 @@ OF_WORDS = ("backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.
 PER_DIRECTION = ("conv_weight", "conv_bias", "A_log", "D", "dt_bias")
 
 
-def read_mamba2(path: Path) -> dict[str, Tensor]:
+# What transformers' config.json or state-spaces' `ssm_cfg` may say of the computation, and what a block of ours does.
+SETTINGS: dict[str, tuple] = {
+    "n_groups": (1,),
+    "ngroups": (1,),
+    "hidden_act": ("silu", "swish"),
+    "activation": ("silu", "swish"),
+    "use_bias": (False,),
+    "bias": (False,),
+    "use_conv_bias": (True,),
+    "conv_bias": (True,),
+    "rms_norm": (True,),
+    "rmsnorm": (True,),
+    "norm_before_gate": (False,),
+    "D_has_hdim": (False,),
+    "time_step_limit": ([0.0, math.inf],),
+    "dt_limit": ([0.0, math.inf],),
+    "attn_layer_idx": ([],),
+    "d_intermediate": (0,),
+}
+EPSILONS = ("layer_norm_epsilon", "norm_epsilon")
+
+
+def read_mamba2(path: Path, rms_norm_eps: float = 1e-5) -> dict[str, Tensor]:
     """The weights of a folder or file.
 
+    Args:
+        path: A folder with config.json, or weights alone, whose settings are then taken to be Mamba-2's own.
+        rms_norm_eps: Of the norms of the model that is to have them.
+
     Raises:
-        ValueError: it is not whole, is no Mamba-2, or has more than one group of B and C.
+        ValueError: it is not whole, is no Mamba-2, or its config has it compute what a block of ours does not.
     """
     if path.is_dir():
         weights = read_folder(path)
@@ -55,12 +83,23 @@ def read_mamba2(path: Path) -> dict[str, Tensor]:
         weights = tensors_of(read_pickle(path), path) if path.suffix in PICKLES else read_safetensors(path)
     config = path / "config.json"
     fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    groups = fields.get("n_groups", fields.get("ssm_cfg", {}).get("ngroups", 1))
-    if groups != 1:
-        raise ValueError(
-            f"Got {path} with {groups} groups of B and C; a block of MDM has one; need a Mamba-2 with one."
-        )
+    nested = fields.get("ssm_cfg")
+    fields = fields | (nested if isinstance(nested, dict) else {})
+    needed = SETTINGS | dict.fromkeys(EPSILONS, (rms_norm_eps,))
+    for name, allowed in needed.items():
+        if name in fields and _plain(fields[name]) not in allowed:
+            raise ValueError(
+                f"Got {path} with {name} {_plain(fields[name])!r}; a block of MDM computes with {allowed[0]!r}; need a "
+                f"Mamba-2 with that{', or a model with the other' if name in EPSILONS else ''}."
+            )
     return {name: weight for name, weight in weights.items() if name not in OF_WORDS}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as Python has it: transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tensor]) -> None:

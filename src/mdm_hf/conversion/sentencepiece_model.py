@@ -11,6 +11,14 @@ from transformers import PreTrainedTokenizerFast
 from ..training.tokenizer import BOS, CONTROL_TOKENS, EOS, PAD, UNK, to_fast_tokenizer
 
 
+# What the fast tokenizer does, as the flags of a SentencePiece model have it.
+FLAGS = (
+    ("normalizer_spec", "add_dummy_prefix", True),
+    ("normalizer_spec", "remove_extra_whitespaces", True),
+    ("normalizer_spec", "escape_whitespaces", True),
+    ("trainer_spec", "byte_fallback", True),
+    ("trainer_spec", "treat_whitespace_as_suffix", False),
+)
 SPECIAL = (PAD, BOS, EOS, UNK, *CONTROL_TOKENS.values())
 
 
@@ -33,6 +41,20 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"Got {path}, no unigram model that begins with the control tokens {', '.join(SPECIAL[:6])}, ...; need "
             "one made by `mdm_hf.conversion.build_tokenizer`: a model's ids begin with them."
+        )
+    for spec, flag, needed in FLAGS:
+        if (given := getattr(getattr(proto, spec), flag)) != needed:
+            raise ValueError(
+                f"Got {path} with {spec}.{flag} {given}; the fast tokenizer does as with {needed}, and would give other "
+                "ids; need a model trained so."
+            )
+    kinds = format.ModelProto.SentencePiece
+    if other := [p.piece for p in proto.pieces if p.type in (kinds.USER_DEFINED, kinds.UNUSED)]:
+        raise ValueError(f"Got {path} with {other[0]!r}, a user-defined or unused piece; need a model without such.")
+    if not proto.normalizer_spec.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap:
+        raise ValueError(
+            f"Got {path} with the normaliser {proto.normalizer_spec.name!r}; need one with a table of characters for "
+            "encoding and none for decoding, as nmt_nfkc has it."
         )
     try:
         return to_fast_tokenizer(proto.SerializeToString())

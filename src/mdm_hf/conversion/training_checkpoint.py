@@ -10,7 +10,8 @@ Nobody has published a checkpoint of MDM. What is read is what loops around a pl
 - ours, or those of the model without its head, whose parts stand at the top: `KEYS`;
 - "config" or "args": a dict with fields of MDMConfig, for folders without a config of their own.
 
-Whatever else it holds, the optimiser for one, is kept in `training_state.pt` and comes back with the way back.
+Whatever else it holds, the optimiser for one, is kept in `training_state.pt` and comes back with the way back. On that
+way the checkpoints of `mdm train` take their average along, whose file numbers the weights that their stage trained.
 """
 
 import re
@@ -26,7 +27,8 @@ from ..configuration_mdm import MDMConfig
 from ..generation_configuration_mdm import MDMGenerationConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..solvers import load_solver
-from .files import read_pickle, read_safetensors, tensors_of
+from ..training.assembly import freeze
+from .files import read_folder, read_pickle, read_safetensors, tensors_of
 from .keys import KeyTable, check_weights, some
 
 
@@ -42,6 +44,7 @@ WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 MODEL_KEYS, EMA_KEYS, CONFIG_KEYS = ("model", "state_dict"), ("ema", "model_ema"), ("config", "args")
 INSIDE_EMA = ("shadow", "module", "state_dict")
 NOT_WEIGHTS = {"n_averaged"}  # torch's AveragedModel counts in its state dict
+NEVER_TRAINED = re.compile(r"pixel_autoencoder|modality_gate")
 STATE, EMA = "training_state.pt", "ema.safetensors"
 
 
@@ -94,10 +97,27 @@ def to_training(folder: Path) -> dict:
     if raw is not None:
         found["ema"] = weights
     elif (folder / EMA).is_file():
-        found["ema"] = named_as_ours(read_safetensors(folder / EMA), folder / EMA)
+        found["ema"] = _average(read_safetensors(folder / EMA), model, folder / EMA)
     theirs = {kind: KEYS.to_theirs(state) for kind, state in found.items()}
     named = {kind: {theirs[kind][name]: value for name, value in state.items()} for kind, state in found.items()}
     return named | {"config": model.config.to_dict()} | kept
+
+
+def _average(given: dict[str, Tensor], model: MDMForMultiModalGeneration, where: Path) -> dict[str, Tensor]:
+    """An average under our names; that of `mdm train` numbers the parameters that its stage had trained."""
+    if not all(name.isdecimal() for name in given):
+        return named_as_ours(given, where)
+    given = {str(i): given[str(i)] for i in range(len(given)) if str(i) in given}
+    for stage, frozen in (("diffusion", None), ("diffusion", "encoder"), ("diffusion", "vae"), ("vae", None)):
+        freeze(model.requires_grad_(True), stage, {"freeze": frozen})
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not NEVER_TRAINED.search(n)}
+        if [one.shape for one in trained.values()] == [one.shape for one in given.values()]:
+            averaged = dict(zip(trained, given.values(), strict=True))
+            return {name: averaged.get(name, weight) for name, weight in model.state_dict().items()}
+    raise ValueError(
+        f"Got {where} with {len(given)} numbered weights, which are those of no stage of this model; need the average "
+        "that was saved with these weights; check the folder, or take the file away."
+    )
 
 
 def read_model(folder: Path) -> MDMForMultiModalGeneration:
@@ -106,9 +126,7 @@ def read_model(folder: Path) -> MDMForMultiModalGeneration:
     Raises:
         ValueError: weights that are not whole, or not those of the config.
     """
-    weights: dict[str, Tensor] = {}
-    for path in folder.glob("model*.safetensors"):
-        weights |= read_safetensors(path)
+    weights = read_folder(folder)
     for old, new in RENAMED_WEIGHTS.items():
         weights = {re.sub(old, new, name): value for name, value in weights.items()}
     model = assembled(weights, MDMConfig.from_pretrained(folder))

@@ -129,7 +129,12 @@ def _trained(
 
 
 def to_fast_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
-    """A serialised SentencePiece unigram model as a fast tokenizer that gives the same ids and the same text."""
+    """A serialised SentencePiece unigram model as a fast tokenizer that gives the same ids and the same text.
+
+    Of a letter with several marks, or a ligature with one, `Precompiled` would normalise the first of them and drop the
+    rest. So letters take their marks before (NFC), and a control character, which it removes, stands before each mark
+    that is left: nothing is lost, though two marks on one letter may come in another order than SentencePiece's.
+    """
     format: Any = sentencepiece_model_pb2  # made by protobuf, opaque to type checkers
     proto = format.ModelProto.FromString(model)
     kinds = format.ModelProto.SentencePiece
@@ -140,6 +145,8 @@ def to_fast_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=proto.trainer_spec.unk_id, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"(?<=.)(?=\p{M})"), "\u0001"),
             normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
             normalizers.Strip(),
             normalizers.Replace(Regex(" {2,}"), " "),
