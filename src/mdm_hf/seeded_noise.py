@@ -52,4 +52,4 @@ def seeded_normal(seeds: Tensor, places: Tensor) -> Tensor:
     drawn = bits(seeds, places)
     radius = (-2 * (1 - _shifted(drawn, 40).float() * 2.0**-24).log()).sqrt()
     angle = (drawn & (2**24 - 1)).float() * (2 * math.pi * 2.0**-24)
-    return radius * angle.cos()
+    return radius * torch.cos(angle)

@@ -90,10 +90,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             return weights
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(found) != 1:
-        names = ", ".join(path.name for path in found[:4]) or "no weights"
+        listed = ", ".join(path.name for path in found[:4]) or "no weights"
         raise ValueError(
-            f"Got {folder} with {names}; need model.safetensors, its shards with their index, or one file of weights; "
-            "check the folder, or name the file."
+            f"Got {folder} with {listed}; need model.safetensors, its shards with their index, or one file of "
+            "weights; check the folder, or name the file."
         )
     return _read(found[0])
 

@@ -89,8 +89,8 @@ def read_mamba2(path: Path, rms_norm_eps: float = 1e-5) -> dict[str, Tensor]:
     for name, allowed in needed.items():
         if name in fields and _plain(fields[name]) not in allowed:
             raise ValueError(
-                f"Got {path} with {name} {_plain(fields[name])!r}; a block of MDM computes with {allowed[0]!r}; need a "
-                f"Mamba-2 with that{', or a model with the other' if name in EPSILONS else ''}."
+                f"Got {path} with {name} {_plain(fields[name])!r}; a block of MDM computes with {allowed[0]!r}; need "
+                f"a Mamba-2 with that{', or a model with the other' if name in EPSILONS else ''}."
             )
     return {name: weight for name, weight in weights.items() if name not in OF_WORDS}
 

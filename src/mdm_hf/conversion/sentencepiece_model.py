@@ -45,8 +45,8 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     for spec, flag, needed in FLAGS:
         if (given := getattr(getattr(proto, spec), flag)) != needed:
             raise ValueError(
-                f"Got {path} with {spec}.{flag} {given}; the fast tokenizer does as with {needed}, and would give other "
-                "ids; need a model trained so."
+                f"Got {path} with {spec}.{flag} {given}; the fast tokenizer does as with {needed}, and would give "
+                "other ids; need a model trained so."
             )
     kinds = format.ModelProto.SentencePiece
     if other := [p.piece for p in proto.pieces if p.type in (kinds.USER_DEFINED, kinds.UNUSED)]:

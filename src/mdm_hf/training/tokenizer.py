@@ -131,9 +131,9 @@ def _trained(
 def to_fast_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
     """A serialised SentencePiece unigram model as a fast tokenizer that gives the same ids and the same text.
 
-    Of a letter with several marks, or a ligature with one, `Precompiled` would normalise the first of them and drop the
-    rest. So letters take their marks before (NFC), and a control character, which it removes, stands before each mark
-    that is left: nothing is lost, though two marks on one letter may come in another order than SentencePiece's.
+    Of a letter with several marks, or a ligature with one, `Precompiled` would normalise the first of them and drop
+    the rest. So letters take their marks before (NFC), and a control character, which it removes, stands before each
+    mark that is left: nothing is lost, though marks of one letter may come in another order than SentencePiece's.
     """
     format: Any = sentencepiece_model_pb2  # made by protobuf, opaque to type checkers
     proto = format.ModelProto.FromString(model)
