@@ -1,6 +1,7 @@
 """Claims about a GPU, where there is one: the kernels against float64, the model against itself on the CPU.
 
-MDM_TEST_DEVICE=cpu runs them without one, which shows that they run. docs/performance.md says where they have passed.
+MDM_TEST_DEVICE=cpu runs them without one, which shows that they run; docs/performance.md says what a GPU has shown.
+mamba-ssm tunes its kernels for each shape first, which takes minutes: set TRITON_CACHE_AUTOTUNING=1 to pay them once.
 """
 
 import os
