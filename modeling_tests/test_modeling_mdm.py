@@ -138,10 +138,10 @@ def test_known_positions_of_a_target_segment_stay_clean():
 
 
 def test_total_loss_is_the_weighted_sum_of_its_parts():
-    model = tiny_model(kl_weight=0.3, diffusion_weight=0.7)
+    model = tiny_model(kl_weight=0.3, diffusion_weight=0.7, image_loss_weight=4)
     inputs = batch(["both", "caption"], is_training=True)
     out = model(**inputs, timesteps=timesteps_of(inputs), noise=fixed_noise(inputs))
-    se = out.loss_se_image + out.loss_se_text
+    se = 4 * out.loss_se_image + out.loss_se_text
     expected = out.loss_rec_image + out.loss_rec_text + 0.3 * out.loss_kl + 0.7 * se
     torch.testing.assert_close(out.loss, expected)
     assert all(part > 0 for part in (out.loss_rec_image, out.loss_rec_text, out.loss_kl, se))
@@ -557,6 +557,7 @@ def test_labels_of_another_shape_are_refused():
         ({"head_dim": 24}, "is not a multiple of `head_dim` 24"),
         ({"scan_sharing": "none"}, "scan_sharing"),
         ({"kl_weight": -1.0}, "a loss weight must be 0 or more"),
+        ({"image_loss_weight": -1.0}, "`image_loss_weight` is -1.0; a loss weight must be 0 or more"),
         ({"pinned_timestep_probability": 2}, "it must lie in [0, 1]"),
         ({"conv_kernel": 1}, "at least 2 taps"),
     ],

@@ -85,6 +85,11 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.diffusion.max_steps=0", "Got stages.diffusion.max_steps 0; need a whole number of at least 1"),
         ("stages.diffusion.max_steps=1.5", "need a whole number of at least 1"),
         ("stages.diffusion.freeze=blocks", "Got stages.diffusion.freeze 'blocks'; need 'vae' or 'encoder'"),
+        ("stages.diffusion.mixed_batches=yes please", "Got stages.diffusion.mixed_batches 'yes please'; need true or"),
+        (
+            "stages.diffusion={max_steps: 9, mixed_batches: true, length_groups: 4}",
+            "Got stages.diffusion.mixed_batches with length_groups 4, which sorts rows of one source",
+        ),
         ("stages.diffusion.data=[other]", "Got stages.diffusion.data with other; the recipe has digits"),
         ("stages.tokenizer.vocab_size=300", "need both or neither; name a folder as 'processor'"),
         ("processor={patch_size: 2}", "need both or neither; name a folder as 'processor'"),

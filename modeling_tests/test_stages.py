@@ -23,6 +23,7 @@ from mdm_hf.training.assembly import make_mix, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.stages import run_recipe
+from mdm_hf.training.trainer import ConversationCollator
 
 
 ROOT = Path(__file__).parents[1]
@@ -367,3 +368,14 @@ def test_the_shipped_recipes_can_be_dry_run_without_their_data(tmp_path, monkeyp
             stage["per_device_train_batch_size"] = stage.get("per_device_train_batch_size", 0) and 2
         found["stages"] = {k: {n: v for n, v in s.items() if v != 0} for k, s in found["stages"].items()}
         assert [estimate.parameters for _, estimate in dry_run(found)]
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["one-task-a-batch", "mixed"])
+def test_a_batch_is_of_one_task_or_with_mixed_batches_each_row_of_its_own(is_mixed):
+    changes = [f"processor={ROOT / 'model_cards/mdm-digits'}", f"stages.diffusion.mixed_batches={is_mixed}"]
+    spec = load_recipe(ROOT / "recipes" / "digits_second.yaml", changes)
+    mix = make_mix(spec, "diffusion", 8 * 64, 64, make_processor(spec))
+    tasks = [{mix.task_of(i) for i in range(first, first + 64)} for first in range(0, 8 * 64, 64)]
+    assert min(map(len, tasks)) >= 3 if is_mixed else max(map(len, tasks)) == 1
+    rows = ConversationCollator(make_processor(spec))([mix[i] for i in range(64)])
+    assert len(rows["input_ids"]) == 64

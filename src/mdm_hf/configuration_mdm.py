@@ -99,6 +99,8 @@ class MDMConfig(PreTrainedConfig):
         num_candidates: Number of earlier states in `"score_entropy_sampled"`.
         kl_weight: beta of Eq. 18.
         diffusion_weight: lambda of Eq. 18.
+        image_loss_weight: Of the image part of L_se beside its text part. The former is a mean over latent channels,
+            the latter a sum of nats: with 1, a model that learns both learns words long before pictures.
         detach_latents: Keep L_se from training the VAE. False is Eq. 18 read literally: what is easiest to denoise is
             then learned, not what says most of the data; there for the ablation.
         pinned_timestep_probability: Where a row targets both modalities, the probability that training pins the
@@ -156,6 +158,7 @@ class MDMConfig(PreTrainedConfig):
     num_candidates: int = 8
     kl_weight: float | int = 1e-2
     diffusion_weight: float | int = 1.0
+    image_loss_weight: float | int = 1.0
     detach_latents: bool = True
     pinned_timestep_probability: float | int = 0.2
     time_step_min: float | int = 1e-3
@@ -395,7 +398,7 @@ class MDMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`pinned_timestep_probability` is {self.pinned_timestep_probability}; it must lie in [0, 1]."
             )
-        for name in ("kl_weight", "diffusion_weight"):
+        for name in ("kl_weight", "diffusion_weight", "image_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a loss weight must be 0 or more.")
 

@@ -633,7 +633,8 @@ class MDMForMultiModalGeneration(
             )
 
         rows = torch.stack([part.float() for part in (rec_image, rec_text, kl, se_image, se_text)], dim=1)
-        weights = [1.0, 1.0, config.kl_weight, config.diffusion_weight, config.diffusion_weight]
+        diffusion = config.diffusion_weight
+        weights = [1.0, 1.0, config.kl_weight, diffusion * config.image_loss_weight, diffusion]
         parts = dict(zip(LOSS_PARTS, rows.mean(0).unbind(), strict=True))
         loss = torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)]).sum()
         return {"loss": loss, **parts, "row_losses": rows.detach(), "timesteps": outputs.timesteps}

@@ -218,6 +218,8 @@ def make_mix(
     sources = make_sources(data, processor)
     weights = {source: float(data[source].get("weight", 1.0)) for source in data}
     starts = {task: int(share * num_samples) for task, share in (options.get("task_starts") or {}).items()}
+    if options.get("mixed_batches"):
+        batch_size = 1  # each row draws a source and a task of its own
     common = {"batch_size": batch_size, "seed": recipe.get("seed", 0), "weights": weights, "task_starts": starts}
     streaming = [source.is_streaming for source in sources.values()]
     if all(streaming):

@@ -36,7 +36,9 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
 )
 LOADED_PROCESSOR = ("from", "do_resize", "aspect_ratio_buckets")  # what a recipe may say of one that is there
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
-OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer")
+OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer") + (
+    "mixed_batches",
+)
 FREEZE = ("vae", "encoder")
 MUON = "muon"  # a value of `optim` that TrainingArguments do not know
 # What a stage takes from TrainingArguments unless the recipe says otherwise: AdamW without weight decay (Sec. 5.1).
@@ -196,6 +198,13 @@ def _check_stage(name: str, stage: Any, data: dict) -> None:
         raise ValueError(f"Got {where}.ema_decay {decay}; need a number from 0 to below 1, such as 0.999.")
     if stage.get("freeze") not in (None, *FREEZE):
         raise ValueError(f"Got {where}.freeze {stage['freeze']!r}; need 'vae' or 'encoder', or leave it out.")
+    if not isinstance(stage.get("mixed_batches", False), bool):
+        raise ValueError(f"Got {where}.mixed_batches {stage['mixed_batches']!r}; need true or false.")
+    if stage.get("mixed_batches") and stage.get("length_groups", 1) > 1:
+        raise ValueError(
+            f"Got {where}.mixed_batches with length_groups {stage['length_groups']}, which sorts rows of one source; "
+            "need one of the two; leave out the other."
+        )
     starts = _typed(f"{where}.task_starts", stage.get("task_starts") or {}, dict, "shares of the run by task")
     _known(f"{where}.task_starts", starts, TASKS)
     for task, share in starts.items():
