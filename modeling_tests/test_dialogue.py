@@ -257,3 +257,29 @@ def test_long_answers_are_learnt_in_blocks_that_say_whether_more_comes(pipe) -> 
     assert seen == set(range(len(pieces)))
     plain = conversation_of(Record(captions=[long]), "text", np.random.default_rng(0), split=split)["messages"]
     assert plain[-1]["content"][0]["text"] in pieces
+
+
+def test_an_answer_is_watched_as_it_forms_and_is_that_of_a_call(pipe) -> None:
+    plain, chat, calls = pipe.chat(), pipe.chat(), []
+    options = {"generate": "image", "seed": 3, "num_inference_steps": 4}
+    looks = list(
+        chat.stream("a handwritten three", callback_on_step_end=lambda *step: calls.append(step[1]), **options)
+    )
+    assert len(looks) == 4
+    assert len(calls) == 4
+    answer = plain("a handwritten three", **options)
+    assert looks[-1]["images"][0].tobytes() == answer["images"][0].tobytes() != looks[0]["images"][0].tobytes()
+    assert list(chat.stream("what?", seed=1))[-1] == plain("what?", seed=1)
+
+
+def test_of_an_answer_that_is_left_while_it_forms_nothing_is_remembered(pipe) -> None:
+    chat = pipe.chat()
+    chat("a handwritten three", generate="image", seed=3)
+    before = chat.state
+    looks = chat.stream("what?", seed=1)
+    next(looks)
+    looks.close()
+    assert chat.state is before
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        list(chat.stream("what?", num_inference_steps=0))
+    assert chat.state is before

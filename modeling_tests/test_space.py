@@ -235,9 +235,12 @@ def test_a_mask_of_another_size_or_none_at_all_is_refused(answers, three) -> Non
 def test_a_conversation_is_the_one_that_the_pipeline_holds(answers, pipe, three) -> None:
     chat, talk = pipe.chat(), Talk()
     for text, images, make in (("a handwritten three", [], "image"), ("which digit is this?", [three], "text")):
-        asked, talk = answers.talk(talk, text, [as_png(one) for one in images], make, seed=5)
+        asked, *forming, talk = answers.talk(talk, text, [as_png(one) for one in images], make, seed=5)
         expected = chat(text, images or None, generate=make, seed=5)
         assert asked.messages[-1]["role"] == "user"
+        assert forming
+        assert all("mdm-said" not in look.messages[-1]["content"] for look in forming)
+        assert all(look.memory is asked.memory for look in forming)
         assert talk.messages[-1] == {
             "role": "assistant",
             "content": bubble(" ".join(expected["text"]), expected["images"]),

@@ -1,7 +1,7 @@
 """A conversation with a pipeline, remembered as a state of fixed size; and texts of any length, block by block."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -75,10 +75,47 @@ class MDMDialogue:
         """
         said = self.pipe.processor.as_messages(text, images) if messages is None else list(messages)
         answer = self.answer(said, generate, seed, **options)
-        parts = [{"type": "image", "image": image} for image in answer["images"]]
-        parts += [{"type": "text", "text": one} for one in answer["text"]]
-        self.read([*said, {"role": "assistant", "content": parts}])
+        self.read([*said, _as_message(answer)])
         return answer
+
+    def stream(
+        self,
+        text: str | None = None,
+        images: Any = None,
+        messages: list[dict] | None = None,
+        *,
+        generate: str | Sequence[str] = "text",
+        seed: int | None = None,
+        callback_on_step_end: Callable | None = None,
+        **options: Any,
+    ) -> Iterator[dict]:
+        """Watches an answer form: the same turn, with a look at the answer after every network call.
+
+        The turn is remembered when the last look, the answer itself, was taken and another is asked for, as a loop
+        does; of a turn that is left before, nothing is.
+
+        Args:
+            text, images, messages, generate, seed, options: As in a call.
+            callback_on_step_end: As in a call; it runs before the look is taken, in the thread of the network.
+
+        Yields:
+            {"text": [str, ...], "images": [PIL.Image, ...]}, as it would be if the network were right; at last the
+            answer.
+
+        Raises:
+            ValueError: as a call.
+        """
+        said = self.pipe.processor.as_messages(text, images) if messages is None else list(messages)
+        looks = self.pipe.watched(
+            lambda look: self.pipe.postprocess(
+                self._generate(said, generate, seed, **options, callback_on_step_end=look)
+            ),
+            callback_on_step_end,
+        )
+        answer: dict = {}
+        for [answer] in looks:
+            yield answer
+        self.read([*said, _as_message(answer)])
 
     def write(
         self,
@@ -152,7 +189,9 @@ class MDMDialogue:
         """The answer to messages, of which nothing is remembered."""
         return self.pipe.postprocess(self._generate(messages, generate, seed, **options))[0]
 
-    def _generate(self, messages: list[dict], generate, seed: int | None, **options):
+    def _generate(
+        self, messages: list[dict], generate, seed: int | None, callback_on_step_end: Callable | None = None, **options
+    ):
         pipe, is_continued = self.pipe, self.state is not None
         if generate == AUTO:
             asked = pipe.processor.apply_chat_template(messages, generate=MODALITIES, is_continued=is_continued)
@@ -166,5 +205,12 @@ class MDMDialogue:
             generator=generator,
             state=self.state,
             progress_bar=pipe.progress_bar,
+            callback_on_step_end=callback_on_step_end,
             **for_generate,
         )
+
+
+def _as_message(answer: dict) -> dict:
+    """An answer as the assistant's message."""
+    parts = [{"type": "image", "image": image} for image in answer["images"]]
+    return {"role": "assistant", "content": parts + [{"type": "text", "text": one} for one in answer["text"]]}

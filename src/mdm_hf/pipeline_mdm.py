@@ -230,19 +230,31 @@ class MDMPipeline(Pipeline):
                 "`predict_modalities` first, or call the pipeline itself."
             )
         first = _first_seed(seed)
+        return self.watched(
+            lambda look: self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}),
+            callback_on_step_end,
+        )
 
-        def draw(show: Callable[[list[dict]], None]):
+    def watched(
+        self, draw: Callable[[Callable], list[dict]], callback: Callable | None = None
+    ) -> Iterator[list[dict]]:
+        """What `draw(look)` returns, at last; before it, what `look`, its callback after a step, sees forming.
+
+        Args:
+            draw: Draws samples, and calls its argument after each step as `callback_on_step_end`.
+            callback: Another callback, which runs before.
+        """
+
+        def run(show: Callable[[list[dict]], None]):
             def look(model, step, timesteps, tensors):
-                changed = None
-                if callback_on_step_end is not None:
-                    changed = callback_on_step_end(model, step, timesteps, tensors)
+                changed = None if callback is None else callback(model, step, timesteps, tensors)
                 if any(timesteps):  # all are 0 when the samples are done
                     show(self.postprocess(tensors["decode"]()))
                 return changed
 
-            show(self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}))
+            show(draw(look))
 
-        return _shown(draw)
+        return _shown(run)
 
     def chat(self, state: str | os.PathLike | MDMConversationState | None = None) -> MDMDialogue:
         """A conversation whose past is remembered as a state of fixed size; `state` is that of an earlier one, or the

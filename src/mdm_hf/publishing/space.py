@@ -309,8 +309,10 @@ def _chat_tab(answers: Answers, examples: list[dict]) -> None:
             turns = answers.talk(talk, text, files, make, seed)
             asked = next(turns)
             yield list(asked.messages), talk, None
+            answered = talk
             try:
-                answered = next(turns)
+                for answered in turns:
+                    yield list(answered.messages), talk, None
             except Exception:
                 yield list(talk.messages), talk, message
                 raise

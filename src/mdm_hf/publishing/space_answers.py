@@ -213,7 +213,7 @@ class Answers:
         make: str = "text",
         seed: float | None = None,
     ) -> Iterator[Talk]:
-        """A conversation with one more message; then with the answer to it, which the model remembers.
+        """A conversation with one more message, then with the answer to it as it forms; the last is remembered.
 
         Raises:
             ValueError: a message that cannot be read or answered; `talk` is as it was.
@@ -229,10 +229,11 @@ class Answers:
             raise ValueError("Got an empty message; need a text or a picture.")
         asked = {"role": "user", "content": bubble(said, pictures)}
         yield talk.with_messages(asked, memory=talk.memory)
-        chat = self.pipe.chat(talk.memory)
-        answer = chat(said, pictures or None, generate=MADE[make], seed=_seed(seed))
-        replied = {"role": "assistant", "content": bubble(" ".join(answer["text"]), answer["images"])}
-        yield talk.with_messages(asked, replied, memory=chat.state)
+        chat, answer = self.pipe.chat(talk.memory), {}
+        looks = chat.stream(said, pictures or None, generate=MADE[make], seed=_seed(seed))
+        for answer in _not_too_often(looks):
+            yield talk.with_messages(asked, _reply(answer, is_done=False), memory=talk.memory)
+        yield talk.with_messages(asked, _reply(answer), memory=chat.state)
 
     def words(self, text: str | None) -> str | None:
         """A prompt on one line; None where nothing is said.
@@ -327,6 +328,22 @@ class Answers:
                 raise ValueError(f"Got the guidance {guidance!r}; need a number from 0 to {MOST_GUIDANCE}.")
             options["guidance_scale"] = float(guidance)
         return options
+
+
+def _not_too_often(looks: Iterator[dict]) -> Iterator[dict]:
+    """The looks that come late enough after the one before, and the last."""
+    shown, look = 0.0, None
+    for look in looks:
+        is_due = time.monotonic() - shown >= SECONDS_BETWEEN_LOOKS
+        if is_due:
+            shown = time.monotonic()
+            yield look
+    if look is not None and not is_due:
+        yield look
+
+
+def _reply(answer: dict, is_done: bool = True) -> dict:
+    return {"role": "assistant", "content": bubble(" ".join(answer["text"]), answer["images"], is_done)}
 
 
 def _whole(name: str, value: Any, most: int) -> int:

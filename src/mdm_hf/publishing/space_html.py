@@ -17,15 +17,15 @@ CSS = """
 .mdm-cards figure { margin: 0; padding: 10px; border: 1px solid var(--border-color-primary); border-radius: 10px;
   background: var(--background-fill-primary); display: flex; flex-direction: column; gap: 6px; max-width: 100%; }
 .mdm-cards img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
-#chat_messages .mdm-said img { max-width: min(100%, 320px); width: auto; border-radius: 4px; display: block; }
-#chat_messages .mdm-said img.mdm-small { width: 144px; height: auto; }
+#chat_messages .mdm-bubble img { max-width: min(100%, 320px); width: auto; border-radius: 4px; display: block; }
+#chat_messages .mdm-bubble img.mdm-small { width: 144px; height: auto; }
 #chat_messages .prose.chatbot { opacity: 1; }
 .mdm-cards figcaption { max-width: 240px; font-weight: 600; overflow-wrap: anywhere; }
 .mdm-cards small { color: var(--body-text-color-subdued); }
 .mdm-cards[data-done="0"] figcaption { font-style: italic; opacity: 0.7; }
 .mdm-small { image-rendering: pixelated; }
-.mdm-said p { margin: 0; overflow-wrap: anywhere; }
-.mdm-said img + p { margin-top: 8px; }
+.mdm-bubble p { margin: 0; overflow-wrap: anywhere; }
+.mdm-bubble img + p { margin-top: 8px; }
 #canvas canvas { image-rendering: pixelated; }
 footer { opacity: 0.6; }
 """
@@ -73,10 +73,11 @@ def cards_as_html(cards: Sequence[Card], is_done: bool) -> str:
     return f'<div class="mdm-cards" data-done="{int(is_done)}">{"".join(figures)}</div>'
 
 
-def bubble(text: str | None, images: Sequence[Image.Image]) -> str:
-    """A message as HTML of one line, which Markdown leaves as it is."""
+def bubble(text: str | None, images: Sequence[Image.Image], is_done: bool = True) -> str:
+    """A message, or what there is of it yet, as HTML of one line, which Markdown leaves as it is."""
     words = f"<p>{html.escape(text)}</p>" if text else ""
-    return f'<div class="mdm-said">{"".join(_img(image, "a picture") for image in images)}{words}</div>'
+    kind = "mdm-bubble mdm-said" if is_done else "mdm-bubble"
+    return f'<div class="{kind}">{"".join(_img(image, "a picture") for image in images)}{words}</div>'
 
 
 def _img(image: Image.Image, alt: str) -> str:
