@@ -652,3 +652,77 @@ def test_a_sentencepiece_model_that_reads_texts_otherwise_is_refused(tmp_path, c
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "other.model", tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("target", ["", ".", "..", "box", "box/digits", "box/digits/../digits"])
+def test_what_holds_the_source_or_the_current_folder_is_never_overwritten(
+    model, tmp_path, monkeypatch, target
+) -> None:
+    here = tmp_path / "work"
+    model.save_pretrained(here / "box" / "digits")
+    (here / "thesis.txt").write_text("years")
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match="need a place beside it|need the name of a new file"):
+        convert(Path("box/digits"), Path(target) if target else Path(), overwrite=True)
+    assert (here / "thesis.txt").read_text() == "years"
+    assert (here / "box" / "digits" / "model.safetensors").is_file()
+
+
+def test_an_old_folder_comes_back_where_its_place_cannot_be_taken(folder, tmp_path, monkeypatch) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "kept.txt").write_text("kept")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if Path(target) == old and "-before" not in self.name:
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        convert(folder, old, overwrite=True)
+    assert [path.name for path in old.iterdir()] == ["kept.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "ours"]
+
+
+@pytest.mark.parametrize("goes", ["file over folder", "folder over file"])
+def test_a_file_takes_no_folders_place_and_the_reverse(folder, tmp_path, goes) -> None:
+    there = tmp_path / "there"
+    if goes == "file over folder":
+        there.mkdir()
+        (there / "a").write_text("a")
+    else:
+        there.write_text("a")
+    kind = "training" if goes == "file over folder" else "mdm"
+    with pytest.raises(ValueError, match="which is there and no fi|which is there and no fo"):
+        convert(folder, there, kind=kind, overwrite=True)
+    assert (there / "a" if there.is_dir() else there).read_text() == "a"
+
+
+def test_a_folder_saved_with_a_processor_goes_to_a_pt_and_back(tmp_path) -> None:
+    MDMPipeline.from_pretrained(DIGITS).save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "out.pt")
+    convert(tmp_path / "out.pt", tmp_path / "back", like=str(DIGITS))
+    assert equal(load_file(DIGITS / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+
+
+def test_another_dtype_is_refused_where_weights_are_missing_or_too_large_for_it(model, folder, tmp_path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    lost = {name: value for name, value in weights.items() if name != "latent_head.weight"}
+    save_file(lost, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="without latent_head.weight"):
+        convert(folder, tmp_path / "half", dtype="bfloat16")
+    weights["latent_head.weight"][0, 0] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="latent_head.weight with values too large for float16; .*take bfloat16"):
+        convert(folder, tmp_path / "half", dtype="float16")
+    convert(folder, tmp_path / "half", dtype="bfloat16")
+
+
+def test_the_state_of_a_training_comes_along_to_another_dtype(model, tmp_path) -> None:
+    loop_checkpoint(model, tmp_path / "step.pt")
+    convert(tmp_path / "step.pt", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "half", dtype="bfloat16")
+    convert(tmp_path / "half", tmp_path / "again.pt")
+    assert torch.load(tmp_path / "again.pt", weights_only=True)["step"] == 7

@@ -28,7 +28,7 @@ from ..pipeline_mdm import MDMPipeline
 from ..pixel_autoencoder import CLASSES
 from ..processing_mdm import MDMProcessor
 from ..solvers import load_solver
-from .files import PICKLES, new_file, new_folder, read_pickle
+from .files import PICKLES, check_apart, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
 from .sentencepiece_model import from_sentencepiece, to_sentencepiece
 from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
@@ -63,6 +63,7 @@ def convert(
         OSError: what cannot be read or written.
     """
     came = kind_of(source)
+    check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
     goes = kind or {".pt": "training", ".model": "sentencepiece", ".safetensors": "mamba2"}.get(target.suffix, "mdm")
     done = f"{source} ({came}) -> {target} ({goes})"
     if goes == "sentencepiece":
@@ -97,7 +98,7 @@ def convert(
             model.generation_config = MDMGenerationConfig.from_pretrained(like)
             model.scheduler = load_solver(like)
         if dtype is not None:
-            model = model.to(DTYPES[dtype])
+            model = _cast(model, dtype)
         processor = _processor(like)
         with new_folder(target, overwrite) as folder:
             saved = MDMPipeline(model, processor, device="cpu") if processor else model
@@ -180,15 +181,36 @@ def _processor(like: str | None) -> MDMProcessor | None:
     return MDMProcessor.from_pretrained(like) if has_one else None
 
 
+def _cast(model: MDMForMultiModalGeneration, dtype: str) -> MDMForMultiModalGeneration:
+    """The model in another dtype, but for what stays in float32.
+
+    Raises:
+        ValueError: a weight is too large for it.
+    """
+    kept = set(model._keep_in_fp32_modules_strict)
+    cast = {}
+    for name, value in model.state_dict().items():
+        wanted = torch.float32 if name.rpartition(".")[2] in kept else DTYPES[dtype]
+        cast[name] = value.to(wanted) if value.is_floating_point() else value
+        if not bool(cast[name].isfinite().all()):
+            raise ValueError(f"Got {name} with values too large for {dtype}; need them finite; take bfloat16.")
+    model.load_state_dict(cast, assign=True)
+    return model
+
+
 def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> None:
     """A folder of ours in another dtype or in other files; what else it holds comes along."""
-    saved = MDMForMultiModalGeneration.from_pretrained(source, dtype=DTYPES[dtype]) if dtype else read_model(source)
+    saved = read_model(source)
+    if dtype is not None:
+        saved = _cast(saved, dtype)
     if (processor := _processor(str(source))) is not None:
         saved = MDMPipeline(saved, processor, device="cpu")
     with new_folder(target, overwrite) as folder:
         saved.save_pretrained(folder, max_shard_size=max_shard_size)
         for path in source.iterdir():
-            is_weights = path.name.endswith(WEIGHTS) or re.fullmatch(r"__pycache__|\..*", path.name)
+            is_weights = (path.name.endswith(WEIGHTS) and path.name != STATE) or re.fullmatch(
+                r"__pycache__|\..*", path.name
+            )
             if is_weights or (folder / path.name).exists():
                 continue
             if path.is_dir():

@@ -134,18 +134,26 @@ def tensors_of(given: Any, where: Any) -> dict[str, Tensor]:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and is gone else.
 
+    What was there is put aside first and deleted at last: it comes back if its place cannot be taken.
+
     Raises:
-        ValueError: `target` is there, and not empty, and not to be overwritten.
+        ValueError: `target` is there, and not empty, and not to be overwritten; or it is no place for a folder.
     """
-    _check_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _free(target, overwrite, is_folder=True)
     unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    aside = unfinished.with_name(f"{unfinished.name}-before")
     try:
         yield unfinished
-        if target.is_dir():
-            shutil.rmtree(target)
         unfinished.chmod(0o755)  # not as narrow as a temporary folder's
-        unfinished.rename(target)
+        if target.is_dir():
+            target.rename(aside)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if aside.is_dir():
+                aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -153,8 +161,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """As `new_folder`, for a file."""
-    _check_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _free(target, overwrite, is_folder=False)
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         yield unfinished
@@ -163,7 +170,28 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
-    is_used = target.is_file() or target.is_dir() and any(target.iterdir())
+def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
+    """The whole path of `target`, and its parent there."""
+    wanted = "folder" if is_folder else "file"
+    whole = target.absolute()
+    is_used = whole.is_file() or (whole.is_dir() and any(whole.iterdir()))
     if is_used and not overwrite:
         raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
+    if whole.is_symlink() or (whole.exists() and not (whole.is_dir() if is_folder else whole.is_file())):
+        raise ValueError(f"Got {target} to write, which is there and no {wanted}; need a {wanted}; give another name.")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    return whole
+
+
+def check_apart(target: Path, *others: Path) -> None:
+    """Refuses a target that is one of `others`, or that one of them, or the current folder, lies in.
+
+    Raises:
+        ValueError: it is; or it has no name.
+    """
+    if str(target) in ("", "."):
+        raise ValueError(f"Got {str(target)!r} to write; need the name of a new file or folder; give one.")
+    whole = target.resolve()
+    for other in (*others, Path.cwd()):
+        if whole == other.resolve() or whole in other.resolve().parents:
+            raise ValueError(f"Got {target} to write, in which {other} is; need a place beside it; give another name.")

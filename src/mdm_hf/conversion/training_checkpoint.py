@@ -14,6 +14,7 @@ Whatever else it holds, the optimiser for one, is kept in `training_state.pt` an
 way the checkpoints of `mdm train` take their average along, whose file numbers the weights that their stage trained.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def to_training(folder: Path) -> dict:
         found["ema"] = _average(read_safetensors(folder / EMA), model, folder / EMA)
     theirs = {kind: KEYS.to_theirs(state) for kind, state in found.items()}
     named = {kind: {theirs[kind][name]: value for name, value in state.items()} for kind, state in found.items()}
-    return named | {"config": model.config.to_dict()} | kept
+    return named | {"config": json.loads(model.config.to_json_string(use_diff=False))} | kept
 
 
 def _average(given: dict[str, Tensor], model: MDMForMultiModalGeneration, where: Path) -> dict[str, Tensor]:
