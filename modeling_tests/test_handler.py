@@ -2,6 +2,7 @@
 reason."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
@@ -31,6 +33,13 @@ def endpoint(tmp_path_factory) -> Iterator[LoopbackEndpoint]:
     shutil.copy(module.__file__, folder / "handler.py")
     with LoopbackEndpoint(folder) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def handler(tmp_path_factory) -> module.EndpointHandler:
+    folder = tmp_path_factory.mktemp("handler")
+    MDMPipeline.from_pretrained(CARD).save_pretrained(folder)
+    return module.EndpointHandler(str(folder))
 
 
 @pytest.fixture
@@ -128,6 +137,12 @@ def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None
         ({"inputs": {"class": 12}}, "12"),
         ({"inputs": "<|image_start|>"}, "<|image_start|>"),
         ({"inputs": "a", "question": "which digit?"}, "which holds no image that Pillow can read"),
+        ({"inputs": "a three", "parameters": {"max_new_tokens": 10**12}}, "need a whole number from 1 to 1024"),
+        ({"inputs": "a \ud800 b"}, "Got a text with half a character"),
+        (said({"type": "text", "text": "a \ud800 b"}), "Got a text with half a character"),
+        ({"inputs": "a three", "parameters": []}, "Got parameters of type list; need a dict"),
+        ({"inputs": "a three", "parameters": {"height": "8", "width": 8}}, "Got a picture of '8' x 8; need whole"),
+        ({"inputs": {"class": "3"}}, "Got the class '3'; need a whole number"),
     ],
 )
 def test_a_bad_request_is_refused_with_what_to_send_instead(endpoint, body, message) -> None:
@@ -153,3 +168,23 @@ def test_an_empty_question_is_refused_and_the_client_says_why(client, three, tmp
     with pytest.raises(HfHubHTTPError) as refused:
         client.visual_question_answering(tmp_path / "three.png", " ")
     assert refused.value.response.json() == {"error": "Got the question ' '; need a text."}
+
+
+def test_a_broken_picture_is_refused_wherever_it_breaks(handler) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(32, 32), dtype=np.uint8)
+    whole = as_png(Image.fromarray(noise))
+    for at in (*range(8, 60), *range(60, len(whole), 97)):
+        broken = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+        with contextlib.suppress(ValueError):  # what can be read after all is answered
+            handler({"inputs": base64.b64encode(broken).decode(), "parameters": {"num_inference_steps": 1}})
+
+
+@pytest.mark.parametrize("body", [[1], None, "x"])
+def test_a_body_that_is_no_object_is_refused(handler, body) -> None:
+    with pytest.raises(ValueError, match="Got a body of type .*; need an object with 'inputs'"):
+        handler(body)
+
+
+def test_a_pictures_bytes_are_a_request(handler) -> None:
+    [answer] = handler({"inputs": as_png(Image.new("L", (8, 8)))})
+    assert answer["generated_text"]

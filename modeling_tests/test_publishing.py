@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import WRITE_TOKEN, LoopbackHub
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from mdm_hf import MDMPipeline
@@ -171,6 +173,15 @@ def test_a_result_without_its_origin_is_refused(folder, missing) -> None:
         ("summry: mine", "card.yaml with \\['summry'\\]; need a mapping with some of name, summary"),
         ("- a list", "card.yaml with list; need a mapping"),
         ("{", "card.yaml, which is not YAML"),
+        ("tags: mamba", "card.yaml with tags 'mamba'; need a list of texts"),
+        ("summary: 3", "card.yaml with summary 3; need a text"),
+        ("limits:", "card.yaml with limits None; need a text"),
+        ("intended_use: 2024-01-01", "with intended_use datetime.date.*; need a text"),
+        ("examples: 5", "with examples 5; need a list of mappings"),
+        ("scores: [a]", "with scores \\['a'\\]; need a mapping of names to"),
+        ("scores: {class_to_image: hallo}", "need a mapping of names to {name, goal}"),
+        ("{name: a, 1: 2, foo: 2}", "card.yaml with \\['1', 'foo'\\]"),
+        ("language: 5", "with language 5; need a list of languages"),
     ],
 )
 def test_notes_that_are_not_understood_are_refused(folder, text, message) -> None:
@@ -355,3 +366,90 @@ def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:
 def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, capsys) -> None:
     assert main(["pull", "org/nowhere", str(tmp_path / "new")]) == 2
     assert "Repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("speed.json", "{}", "no result of benchmarks/checkpoint_speed.py"),
+        ("speed.json", "{", "speed.json, which is not JSON"),
+        ("scores.json", "3", "scores.json with int; need what `mdm evaluate --output` writes"),
+        ("scores.json", "{", "scores.json, which is not JSON"),
+        ("examples.json", "x", "examples.json, which is not JSON"),
+        ("examples.json", "{}", "examples.json is missing, or of other weights"),
+        ("recipe.yaml", "a: [", "recipe.yaml, which is not YAML"),
+        ("recipe.yaml", "a: 1", "recipe.yaml, which is no recipe"),
+        ("model.safetensors", "short", "model.safetensors, which cannot be read"),
+    ],
+)
+def test_a_broken_file_beside_the_card_is_refused_by_its_name(folder, name, text, message) -> None:
+    notes = "examples: [{class_id: 1}]" if name == "examples.json" else "summary: a model"
+    (folder / "card.yaml").write_text(notes)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        card_of(folder)
+
+
+@pytest.mark.parametrize("change", [{"a": None}, {"a": "x"}, 3])
+def test_scores_that_are_no_numbers_are_refused(folder, change) -> None:
+    result = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps(result | {"scores": change}))
+    with pytest.raises(ValueError, match="scores.json with scores that are no numbers by name"):
+        card_of(folder)
+
+
+@pytest.mark.parametrize("picture", ["digit.jpg", "pics/a.png", "../a.png", 5])
+def test_an_examples_picture_that_a_push_would_leave_behind_is_refused(folder, picture) -> None:
+    with pytest.raises(ValueError, match="need the name of a .png in .* itself"):
+        draw_examples(folder, [{"image": picture}])
+
+
+def test_a_card_that_is_refused_draws_nothing(folder, capsys) -> None:
+    (folder / "README.md").write_text("mine")
+    for name in ("examples.json", "scores.json"):
+        (folder / name).unlink(missing_ok=True)
+    before = sorted(folder.rglob("*"))
+    (folder / "card.yaml").write_text("examples: [{class_id: 1}]")
+    assert main(["card", str(folder)]) == 2
+    assert "which `mdm card` did not make" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == sorted({*before, folder / "card.yaml"})
+
+
+@pytest.mark.parametrize("name", ["not a repo!!", "", "a/b/c"])
+def test_a_dry_run_refuses_a_repository_that_there_cannot_be(folder, name, capsys) -> None:
+    assert main(["push", str(folder), name, "--dry-run"]) == 2
+    assert f"Got the repository {name!r}" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_a_branch_that_there_cannot_be(folder, capsys) -> None:
+    assert main(["push", str(folder), "org/x", "--revision", "bad name~^", "--dry-run"]) == 2
+    assert "Got the revision 'bad name~^'; need the name of a branch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "not finite", "misshapen"])
+def test_weights_that_are_not_the_models_are_not_pushed(folder, change, capsys) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    if change == "missing":
+        del weights["latent_head.weight"]
+    elif change == "unknown":
+        weights["foo.bar"] = torch.zeros(1)
+    elif change == "not finite":
+        weights["latent_head.weight"][0, 0] = float("nan")
+    else:
+        weights["latent_head.weight"] = weights["latent_head.weight"][:3].clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    for name in ("card.yaml", "examples.json", "scores.json", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    assert main(["push", str(folder), "org/x", "--dry-run"]) == 2
+    assert ("foo.bar" if change == "unknown" else "latent_head.weight") in capsys.readouterr().err
+
+
+def test_a_pull_that_reaches_nobody_fails_whatever_lies_in_the_folder(folder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("mdm_hf.publishing.repository.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9"))
+    assert main(["pull", "org/x", str(folder), "--overwrite"]) == 2
+    said = capsys.readouterr()
+    assert "Got no answer of the Hub at" in said.err
+    assert "Wrote" not in said.out

@@ -178,8 +178,10 @@ class MDMImageProcessorPil(PilBackend):
                     f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file, "
                     "or its bytes in base64 as a data URL."
                 ) from error
-            except OSError as error:
-                raise ValueError(f"Got image {name}, which cannot be opened ({error}); check the path.") from error
+            except (OSError, SyntaxError) as error:  # the latter is how Pillow reports a broken PNG
+                is_sent = isinstance(source, bytes) or source.startswith("data:")
+                remedy = "send the whole file" if is_sent else "check the path"
+                raise ValueError(f"Got image {name}, which cannot be opened ({error}); {remedy}.") from error
             except Image.DecompressionBombError as error:
                 raise ValueError(f"Got image {name}, far over the limit ({error}); give a smaller one.") from error
 

@@ -71,14 +71,50 @@ def read_notes(folder: Path) -> dict:
         ValueError: it is no YAML mapping, or has a key that is none of `NOTES`.
     """
     path = folder / NOTES_FILE
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"Got {path}, which is not YAML ({error}); need a mapping; mend it.") from error
+    given = read_file(path) if path.is_file() else {}
     if not isinstance(given, dict) or set(given) - set(NOTES):
-        wrong = sorted(set(given) - set(NOTES)) if isinstance(given, dict) else type(given).__name__
+        wrong = sorted(map(str, set(given) - set(NOTES))) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"Got {path} with {wrong}; need a mapping with some of {', '.join(NOTES)}.")
+    for name, value in given.items():
+        is_right, need = _FORMS.get(name, (lambda value: isinstance(value, str), "a text"))
+        if not is_right(value) and not (value is None and NOTES[name] is None):
+            raise ValueError(f"Got {path} with {name} {value!r:.80}; need {need}; mend it, or take it out.")
     return NOTES | {"name": folder.resolve().name} | given
+
+
+def read_file(path: Path) -> Any:
+    """What a YAML or JSON file holds.
+
+    Raises:
+        ValueError: it is none, by its name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ValueError(f"Got {path}, which is not {kind} ({error}); need a mapping; mend it.") from error
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _are_words(value: Any) -> bool:
+    """Of `scores`: name -> {"name": text, "goal": text}."""
+    return isinstance(value, dict) and all(
+        isinstance(words, dict) and set(words) <= {"name", "goal"} and _are_texts(list(words.values()))
+        for words in value.values()
+    )
+
+
+_FORMS: dict[str, tuple] = {  # of the keys of card.yaml that are no texts
+    "language": (lambda value: isinstance(value, str) or _are_texts(value), "a list of languages"),
+    "tags": (_are_texts, "a list of texts"),
+    "datasets": (_are_texts, "a list of names of data sets"),
+    "examples": (lambda value: isinstance(value, list), "a list of mappings"),
+    "scores": (_are_words, "a mapping of names to {name, goal}"),
+}
 
 
 def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False) -> Path:
@@ -95,15 +131,25 @@ def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False
     Raises:
         ValueError: the README.md is somebody's; what `card_of` and `check_card` refuse.
     """
+    path = check_readme(folder, overwrite)
+    text = card_of(folder, repo_id)
+    check_card(text, folder)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def check_readme(folder: Path, overwrite: bool = False) -> Path:
+    """Where the card of a folder goes.
+
+    Raises:
+        ValueError: somebody's README.md is there, and not to be replaced.
+    """
     path = folder / CARD
     if path.is_file() and not overwrite and not is_generated(path):
         raise ValueError(
             f"Got {path}, which `mdm card` did not make; it would be lost; move what it says to {NOTES_FILE} and run "
             "this with --overwrite."
         )
-    text = card_of(folder, repo_id)
-    check_card(text, folder)
-    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -235,7 +281,9 @@ def _results(folder: Path) -> Iterator[dict]:
     """The results of `mdm evaluate` in a folder."""
     weights = checkpoint_hash(folder)
     for path in sorted(folder.glob("*scores*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_file(path)
+        if not isinstance(result, dict):
+            raise ValueError(f"Got {path} with {type(result).__name__}; need what `mdm evaluate --output` writes.")
         if missing := {"scores", "settings", "benchmark", "weights"} - set(result):
             raise ValueError(
                 f"Got {path} without {', '.join(sorted(missing))}; need what `mdm evaluate --output` writes; run it "
@@ -246,6 +294,12 @@ def _results(folder: Path) -> Iterator[dict]:
                 f"Got {path}, scores of the weights {result['weights']}, beside the weights {weights}; need scores of "
                 "these; run `mdm evaluate --output` again or take the file away."
             )
+        spreads = [result["scores"], result.get("lowest", {}), result.get("highest", {})]
+        values = [value for spread in spreads if isinstance(spread, dict) for value in spread.values()]
+        if not all(isinstance(one, dict) for one in spreads) or not all(isinstance(v, int | float) for v in values):
+            raise ValueError(f"Got {path} with scores that are no numbers by name; need those of `mdm evaluate`.")
+        if set(spreads[1]) != set(spreads[2]):
+            raise ValueError(f"Got {path} whose `lowest` and `highest` name other scores; need both of each.")
         yield result | {"file": path.name}
 
 
@@ -284,7 +338,9 @@ def _speed_section(folder: Path) -> list[str]:
     path = folder / SPEED
     if not path.is_file():
         return []
-    speed = json.loads(path.read_text(encoding="utf-8"))
+    speed = read_file(path)
+    if not isinstance(speed, dict) or {"rows", "machine", "num_inference_steps"} - set(speed):
+        raise ValueError(f"Got {path}, no result of benchmarks/checkpoint_speed.py; run it again, or take it away.")
     rows = [["task", "samples at once", "seconds a sample", "peak memory of the process"]]
     for row in speed["rows"]:
         rows.append([row["task"], str(row["batch"]), f"{row['seconds']:.3g}", f"{row['peak_mib']:.0f} MiB"])
@@ -363,7 +419,9 @@ def _sizes(config: MDMConfig) -> str:
 
 def _training(folder: Path, notes: dict) -> list[str]:
     found = [path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()]
-    recipe = yaml.safe_load(found[0].read_text(encoding="utf-8")) if found else None
+    recipe = read_file(found[0]) if found else None
+    if recipe is not None and not (isinstance(recipe, dict) and {"data", "stages"} <= set(recipe)):
+        raise ValueError(f"Got {found[0]}, which is no recipe; need the one that was trained by; take it away.")
     trained_on = notes["trained_on"]
     if trained_on is None:
         trained_on = f"the recipe's data: {', '.join(recipe['data'])}." if recipe else "its makers do not say what."

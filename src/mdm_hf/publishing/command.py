@@ -46,16 +46,18 @@ def add_commands(command) -> None:
 
 
 def _card(options) -> None:
-    from .card import read_notes, write_card
+    from .card import check_readme, read_notes, write_card
     from .examples import draw_examples
 
+    check_readme(options.folder, options.overwrite)  # before anything is drawn
     draw_examples(options.folder, read_notes(options.folder)["examples"])
     print(f"Wrote {write_card(options.folder, options.repo_id, options.overwrite).resolve()}.")
 
 
 def _push(options) -> None:
-    from .repository import push, staged
+    from .repository import check_names, push, staged
 
+    check_names(options.repo_id, options.revision)
     if not options.dry_run:
         names = ("private", "revision", "message", "max_shard_size")
         print(push(options.folder, options.repo_id, **{name: getattr(options, name) for name in names}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..evaluation.results import file_hash, settings_hash
 from ..pipeline_mdm import MDMPipeline
@@ -23,8 +23,11 @@ def checkpoint_hash(folder: Path) -> str | None:
     where there are none."""
     where: dict[str, Path] = {}
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"Got {path}, which cannot be read ({error}); need it whole.") from error
     digest = hashlib.sha256()
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as file:
@@ -50,8 +53,8 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
     for example in examples:
         if not isinstance(example, dict) or set(example) - set(KEYS):
             raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
-        if "image" in example and not (folder / example["image"]).is_file():
-            raise ValueError(f"Got an example with the picture {example['image']}; need a file in {folder}.")
+        if "image" in example:
+            _check_picture(folder, example["image"])
     if not examples or (folder / EXAMPLES).is_file() and _key(folder, examples) == _read(folder)["key"]:
         return False
     if checkpoint_hash(folder) is None:
@@ -75,6 +78,19 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
     found = {"key": _key(folder, examples), "examples": drawn}
     (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return True
+
+
+def _check_picture(folder: Path, name: Any) -> None:
+    """Refuses what a push would not take along, or Pillow cannot read."""
+    if not isinstance(name, str) or not name.endswith(".png") or Path(name).name != name:
+        raise ValueError(f"Got an example with the picture {name!r}; need the name of a .png in {folder} itself.")
+    if not (folder / name).is_file():
+        raise ValueError(f"Got an example with the picture {name}; need a file in {folder}.")
+    try:
+        with Image.open(folder / name) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"Got {folder / name}, which Pillow cannot read ({error}); need a whole picture.") from error
 
 
 def drawn_examples(folder: Path, examples: list[dict]) -> list[dict]:
@@ -105,4 +121,11 @@ def _key(folder: Path, examples: list[dict]) -> str:
 
 
 def _read(folder: Path) -> dict:
-    return json.loads((folder / EXAMPLES).read_text(encoding="utf-8"))
+    path = folder / EXAMPLES
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"Got {path}, which is not JSON ({error}); take it away, and `mdm card` draws anew."
+        ) from error
+    return held if isinstance(held, dict) and {"key", "examples"} <= set(held) else {"key": None, "examples": []}

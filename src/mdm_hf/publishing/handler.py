@@ -39,6 +39,7 @@ PARAMETERS = (
 CONDITIONS = ("text", "image", "class", "messages")
 MOST_SAMPLES = 16
 MOST_STEPS = 200
+MOST_TOKENS = 1024
 MOST_PIXELS = 1024 * 1024  # of a picture to be made
 ANSWERS_DRAWN = 8  # of which an answer's share is its score
 
@@ -66,17 +67,22 @@ class EndpointHandler:
         Raises:
             ValueError: a request that cannot be answered.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"Got a body of type {type(data).__name__}; need an object with 'inputs'.")
         inputs = data.get("inputs")
+        if isinstance(inputs, bytes):
+            inputs = base64.b64encode(inputs).decode()
+            return self.described({"images": _image(inputs)}, {"generate": "text"} | _options(_parameters(data)))
         if inputs is None or inputs == "":
             raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
-        options = _options(data.get("parameters") or {})
+        options = _options(_parameters(data))
         top_k = options.pop("top_k", ANSWERS_DRAWN)
         if "question" in data:
             return self.answers(_image(data.get("image", inputs)), data["question"], options)[:top_k]
         if isinstance(inputs, Image.Image) or _is_picture(inputs):
             return self.described({"images": _image(inputs)}, {"generate": "text"} | options)
         if isinstance(inputs, str):
-            return self.described({"text": inputs}, {"generate": "image"} | options)
+            return self.described({"text": _text(inputs)}, {"generate": "image"} | options)
         return self.described(_conditions(inputs), options)
 
     def described(self, conditions: dict, options: dict) -> Any:
@@ -93,8 +99,22 @@ class EndpointHandler:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"Got the question {question!r}; need a text.")
         drawn = {"num_return_sequences": ANSWERS_DRAWN} | options
-        texts = [one["text"][0] for one in self.pipe(text=question, images=image, **drawn | {"generate": "text"})]
+        texts = [
+            one["text"][0] for one in self.pipe(text=_text(question), images=image, **drawn | {"generate": "text"})
+        ]
         return [{"answer": text, "score": count / len(texts)} for text, count in Counter(texts).most_common()]
+
+
+def _parameters(data: dict) -> Any:
+    given = data.get("parameters")
+    return {} if given is None else given
+
+
+def _text(text: str) -> str:
+    """A text, if it has no half of a character, which JSON lets through and no tokenizer reads."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("Got a text with half a character (a lone surrogate) in it; need whole ones.")
+    return text
 
 
 def _options(given: Any) -> dict:
@@ -109,6 +129,7 @@ def _options(given: Any) -> dict:
     for name, most in (
         ("num_return_sequences", MOST_SAMPLES),
         ("num_inference_steps", MOST_STEPS),
+        ("max_new_tokens", MOST_TOKENS),
         ("top_k", ANSWERS_DRAWN),
     ):
         value = options.get(name, 1)
@@ -119,7 +140,9 @@ def _options(given: Any) -> dict:
         raise ValueError("Got one of height and width; need both, in pixels, or neither.")
     if height is not None:
         if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
-            raise ValueError(f"Got a picture of {height} x {width}; need whole numbers, {MOST_PIXELS} pixels at most.")
+            raise ValueError(
+                f"Got a picture of {height!r} x {width!r}; need whole numbers, {MOST_PIXELS} pixels at most."
+            )
         options["image_size"] = (height, width)
     return options
 
@@ -154,6 +177,8 @@ def _message(message: Any) -> dict:
                     "its image in base64 or its class."
                 )
         content = [part | {part["type"]: _checked(part["type"], part[part["type"]])} for part in content]
+    else:
+        content = _text(content)
     return {"role": message.get("role"), "content": content}
 
 
@@ -163,8 +188,8 @@ def _checked(kind: str, value: Any) -> Any:
         return _image(value)
     if isinstance(value, bool) or not isinstance(value, str if kind == "text" else int):
         need = "a string" if kind == "text" else "a whole number"
-        raise ValueError(f"Got the {kind} {str(value)[:80]}; need {need}.")
-    return value
+        raise ValueError(f"Got the {kind} {value!r:.80}; need {need}.")
+    return _text(value) if isinstance(value, str) else value
 
 
 def _is_picture(inputs: Any) -> bool:

@@ -8,6 +8,7 @@
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoints import AGAIN
 from ..configuration_mdm import MDMConfig
+from ..conversion.training_checkpoint import read_model
 from ..pipeline_mdm import MDMPipeline
 from .card import CARD, NOTES_FILE, SPEED, card_of, check_card, is_generated, read_notes
 from .examples import EXAMPLES, FOLDER, checkpoint_hash, draw_examples
@@ -45,11 +47,13 @@ def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
+    check_names(repo_id)
     with TemporaryDirectory(prefix="mdm-push-") as name:
         target = Path(name)
         if checkpoint_hash(folder) is None:
             MDMConfig.from_pretrained(folder).save_pretrained(name)
         else:
+            read_model(folder)  # names, shapes and numbers of the weights: what is missing would be made at random
             pipe = MDMPipeline.from_pretrained(str(folder), device="cpu", dtype="auto")
             pipe.save_pretrained(name, max_shard_size=max_shard_size)
             shutil.copy(HANDLER, target)
@@ -109,7 +113,8 @@ def push(
         OSError: the Hub refuses, or is not reached.
     """
     api = HfApi(token=token)
-    with staged(folder, repo_id, max_shard_size) as target:
+    check_names(repo_id, revision)
+    with staged(folder, repo_id, max_shard_size) as target, reaching_the_hub():
         _ask_about_card((target / CARD).read_text(encoding="utf-8"))  # before anything is made there
         try:
             is_public = not api.repo_info(repo_id).private
@@ -171,15 +176,48 @@ def pull(
             f"Got {folder}, which holds other things than an earlier pull; need a new folder; name one, or give "
             "--overwrite."
         )
-    snapshot_download(repo_id, revision=revision, local_dir=folder, token=token)
+    check_names(repo_id, revision)
+    with reaching_the_hub():
+        HfApi(token=token).repo_info(repo_id, revision=revision)  # else what lies in the folder would be taken for it
+        snapshot_download(repo_id, revision=revision, local_dir=folder, token=token)
     check_weights(folder)
     return folder
 
 
 def sizes_on_hub(repo_id: str, revision: str | None = None, token: str | None = None) -> dict[str, int]:
     """Bytes of each file of a repository."""
-    entries = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    check_names(repo_id, revision)
+    with reaching_the_hub():
+        entries = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
+        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+
+
+def check_names(repo_id: str, revision: str | None = None) -> None:
+    """Refuses a repository or a branch that there cannot be.
+
+    Raises:
+        ValueError: with what is needed.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Got the repository {repo_id!r} ({error}); need owner/name.") from error
+    if revision is not None and (not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) or ".." in revision):
+        raise ValueError(f"Got the revision {revision!r}; need the name of a branch or tag, or a commit.")
+
+
+@contextmanager
+def reaching_the_hub() -> Iterator[None]:
+    """Failures of the network as OSError, whichever library of HTTP huggingface_hub was built on."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) or not type(error).__module__.startswith(("httpx", "httpcore")):
+            raise
+        raise OSError(
+            f"Got no answer of the Hub at {constants.ENDPOINT} ({type(error).__name__}: {error}); need a connection; "
+            "try again, or set HF_ENDPOINT."
+        ) from error
 
 
 def check_weights(folder: Path) -> None:
