@@ -6,6 +6,7 @@ import os
 import pickle
 import string
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_bare_weights_take_the_config_and_the_processor_of_a_folder(tmp_path) ->
         ),
         (
             lambda h: h["model"].update({"module.norm.weight": torch.ones(32).int()}),
-            "torch.int32; need a floating-point",
+            "torch.int32; need a dense floating-point",
         ),
         (
             lambda h: h["model"]["module.norm.weight"].fill_(float("nan")),
@@ -726,3 +727,57 @@ def test_the_state_of_a_training_comes_along_to_another_dtype(model, tmp_path) -
     convert(tmp_path / "ours", tmp_path / "half", dtype="bfloat16")
     convert(tmp_path / "half", tmp_path / "again.pt")
     assert torch.load(tmp_path / "again.pt", weights_only=True)["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16", "target": "out.pt"}, "--dtype bfloat16 for .*; convert to a folder first"),
+        ({"use": "ema"}, "--use ema for .*; need a training loop's .pt"),
+        ({"like": "mdm-digits"}, "--like mdm-digits for .*, which has all of its own"),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(folder, tmp_path, options, message) -> None:
+    target = tmp_path / options.pop("target", "out")
+    with pytest.raises(ValueError, match=message):
+        convert(folder, target, **options)
+    assert not target.exists()
+
+
+def test_what_a_pickle_asks_for_is_named_and_how_to_run_it_is_not(model, tmp_path) -> None:
+    torch.save({"model": model.state_dict(), "args": Namespace(lr=1)}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="it asks for argparse.Namespace, which could run code") as refused:
+        convert(tmp_path / "step.pt", tmp_path / "out")
+    assert "weights_only" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["float8", "sparse", "meta"])
+def test_a_weight_that_is_no_dense_number_is_refused_by_name(model, tmp_path, kind) -> None:
+    state = model.state_dict()
+    made = {
+        "float8": lambda weight: weight.to(torch.float8_e4m3fn),
+        "sparse": lambda weight: weight.to_sparse(),
+        "meta": lambda weight: weight.to("meta"),
+    }[kind]
+    state["latent_head.weight"] = made(state["latent_head.weight"])
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"}
+    torch.save({"model": state, "config": fields}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="latent_head.weight of .*; need a dense floating-point weight|not whole"):
+        convert(tmp_path / "step.pt", tmp_path / "out")
+
+
+def test_an_average_of_part_of_the_weights_says_how_to_do_without(model, tmp_path) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt")
+    torch.save(held | {"ema": dict(list(held["ema"].items())[:3])}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="with an average that lacks .*; --use model takes the weights"):
+        convert(tmp_path / "step.pt", tmp_path / "out")
+    convert(tmp_path / "step.pt", tmp_path / "out", use="model")
+
+
+def test_a_weight_under_two_names_is_refused(model, tmp_path) -> None:
+    held = loop_checkpoint(model, tmp_path / "step.pt")
+    name, value = next(iter(held["model"].items()))
+    held["model"][name.removeprefix("module.")] = value + 1
+    torch.save(held, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="with two of module.*, with and without a wrapper's name"):
+        convert(tmp_path / "step.pt", tmp_path / "out", use="model")

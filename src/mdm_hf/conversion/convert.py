@@ -64,8 +64,16 @@ def convert(
     """
     came = kind_of(source)
     check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
-    goes = kind or {".pt": "training", ".model": "sentencepiece", ".safetensors": "mamba2"}.get(target.suffix, "mdm")
+    goes = kind or {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}.get(
+        target.suffix.lower(), "mdm"
+    )
     done = f"{source} ({came}) -> {target} ({goes})"
+    if dtype is not None and (goes != "mdm" or came == "sentencepiece"):
+        raise ValueError(f"Got --dtype {dtype} for {done}, which keeps each weight's; convert to a folder first.")
+    if use is not None and came != "training":
+        raise ValueError(f"Got --use {use} for {source} ({came}); need a training loop's .pt, which may hold both.")
+    if like is not None and came == "mdm":
+        raise ValueError(f"Got --like {like} for {source}, which has all of its own; leave it out.")
     if goes == "sentencepiece":
         made = to_sentencepiece(source)
         with new_file(target, overwrite) as path:

@@ -8,6 +8,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -44,9 +45,11 @@ def read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of torch's words tells how to run it all the same
+        why = f"it asks for {asked[1]}, which could run code, and was not loaded" if asked else "it was not loaded"
         raise ValueError(
-            f"Got {path}, which is not whole or holds more than tensors, numbers and texts: it could run code and was "
-            f"not loaded ({str(error).splitlines()[0]}); need state dicts alone; save those, options as a dict."
+            f"Got {path}, which is not whole or holds more than tensors, numbers and texts: {why}; need state dicts "
+            "alone; save those, options as a dict."
         ) from error
     except OSError:
         raise

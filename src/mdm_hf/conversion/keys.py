@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 SHOWN = 5  # names in a message
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class KeyTable:
@@ -83,7 +84,9 @@ def check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
                 f"Got {name} of shape {list(weight.shape)}; the config makes it {list(wanted[name].shape)}; need the "
                 "config that the checkpoint was trained with."
             )
-        if not weight.is_floating_point():
-            raise ValueError(f"Got {name} of {weight.dtype}; need a floating-point weight.")
+        is_plain = weight.layout == torch.strided and not weight.is_meta
+        if weight.dtype not in DTYPES or not is_plain:
+            kind = weight.dtype if is_plain else "meta" if weight.is_meta else weight.layout
+            raise ValueError(f"Got {name} of {kind}; need a dense floating-point weight of 16, 32 or 64 bits.")
         if not torch.isfinite(weight).all():
             raise ValueError(f"Got {name} with values that are not finite; need a checkpoint of before they came up.")

@@ -46,6 +46,7 @@ MODEL_KEYS, EMA_KEYS, CONFIG_KEYS = ("model", "state_dict"), ("ema", "model_ema"
 INSIDE_EMA = ("shadow", "module", "state_dict")
 NOT_WEIGHTS = {"n_averaged"}  # torch's AveragedModel counts in its state dict
 NEVER_TRAINED = re.compile(r"pixel_autoencoder|modality_gate")
+RAW = "mdm_hf.raw_model"  # in the state that is kept: the weights beside the average that became the model's
 STATE, EMA = "training_state.pt", "ema.safetensors"
 
 
@@ -73,7 +74,16 @@ def from_training(path: Path, config: MDMConfig | None = None, use: str | None =
         raise ValueError(f"Got {path} without an average; need one of {', '.join(EMA_KEYS)} in it; use the model.")
     takes_ema = ema_key is not None and use != "model"
     logger.info(f"{path}: taking the {'average' if takes_ema else 'model'}.")
-    weights = named_as_ours(_inside(held[ema_key]) if takes_ema else held[model_key], path)
+    raw = named_as_ours(held[model_key], path)
+    try:
+        weights = named_as_ours(_inside(held[ema_key]), path) if takes_ema else raw
+    except ValueError as error:
+        raise ValueError(f"{error} That is its average; --use model takes the weights themselves.") from error
+    if takes_ema and (missing := set(raw) - set(weights)):
+        raise ValueError(
+            f"Got {path} with an average that lacks {some(missing)}; need one of all weights; --use model takes the "
+            "weights themselves."
+        )
     if config is None:
         if config_key is None:
             raise ValueError(f"Got {path} without a config; need one; give a preset or a model's folder with --like.")
@@ -81,7 +91,7 @@ def from_training(path: Path, config: MDMConfig | None = None, use: str | None =
     model = assembled(weights, config)
     model.training_state = {key: value for key, value in held.items() if key not in (model_key, ema_key, config_key)}
     if takes_ema:  # for the way back
-        model.training_state["raw_model"] = named_as_ours(held[model_key], path)
+        model.training_state[RAW] = raw
     return model
 
 
@@ -93,7 +103,7 @@ def to_training(folder: Path) -> dict:
     """
     model = read_model(folder)
     kept = read_pickle(folder / STATE) if (folder / STATE).is_file() else {}
-    weights, raw = model.state_dict(), kept.pop("raw_model", None)
+    weights, raw = model.state_dict(), kept.pop(RAW, None)
     found: dict[str, Any] = {"model": raw or weights}
     if raw is not None:
         found["ema"] = weights
@@ -140,6 +150,9 @@ def named_as_ours(given: Any, where: Any) -> dict[str, Tensor]:
     """A state dict under our names."""
     weights = tensors_of(given, where)
     bare = {WRAPPERS.sub("", name): value for name, value in weights.items() if name not in NOT_WEIGHTS}
+    if len(bare) < len(set(weights) - NOT_WEIGHTS):
+        twice = [name for name in weights if WRAPPERS.sub("", name) != name and WRAPPERS.sub("", name) in weights]
+        raise ValueError(f"Got {where} with two of {some(twice)}, with and without a wrapper's name; need one each.")
     if any(name.startswith("model.") for name in bare):  # ours already
         return bare
     return {ours: bare[name] for name, ours in KEYS.to_ours(bare).items()}
