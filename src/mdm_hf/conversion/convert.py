@@ -64,9 +64,8 @@ def convert(
     """
     came = kind_of(source)
     check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
-    goes = kind or {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}.get(
-        target.suffix.lower(), "mdm"
-    )
+    by_name = {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}
+    goes = kind or by_name.get(target.suffix.lower(), "mdm")
     done = f"{source} ({came}) -> {target} ({goes})"
     if dtype is not None and (goes != "mdm" or came == "sentencepiece"):
         raise ValueError(f"Got --dtype {dtype} for {done}, which keeps each weight's; convert to a folder first.")
