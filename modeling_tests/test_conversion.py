@@ -776,6 +776,12 @@ def test_an_average_of_part_of_the_weights_says_how_to_do_without(model, tmp_pat
     convert(tmp_path / "step.pt", tmp_path / "out", use="model")
 
 
+def test_a_config_that_is_no_mapping_is_refused(folder, tmp_path) -> None:
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json with list; need a mapping of settings"):
+        convert(folder, tmp_path / "out")
+
+
 def test_a_weight_under_two_names_is_refused(model, tmp_path) -> None:
     held = loop_checkpoint(model, tmp_path / "step.pt")
     name, value = next(iter(held["model"].items()))

@@ -143,6 +143,10 @@ def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None
         ({"inputs": "a three", "parameters": []}, "Got parameters of type list; need a dict"),
         ({"inputs": "a three", "parameters": {"height": "8", "width": 8}}, "Got a picture of '8' x 8; need whole"),
         ({"inputs": {"class": "3"}}, "Got the class '3'; need a whole number"),
+        (
+            {"inputs": "a three", "parameters": {"scheduler": "VQDiffusionScheduler"}},
+            "`scheduler` is 'VQDiffusionScheduler', which needs more than betas",
+        ),
     ],
 )
 def test_a_bad_request_is_refused_with_what_to_send_instead(endpoint, body, message) -> None:
@@ -187,4 +191,12 @@ def test_a_body_that_is_no_object_is_refused(handler, body) -> None:
 
 def test_a_pictures_bytes_are_a_request(handler) -> None:
     [answer] = handler({"inputs": as_png(Image.new("L", (8, 8)))})
+    assert answer["generated_text"]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_picture_in_base64_is_known_in_every_usual_format(handler, form) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((16, 16), 90).save(file, format=form)
+    [answer] = handler({"inputs": base64.b64encode(file.getvalue()).decode()})
     assert answer["generated_text"]

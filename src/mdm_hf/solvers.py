@@ -34,7 +34,7 @@ def solver_named(name: str, config: MDMConfig):
     """The scheduler of diffusers called `name`, on the betas of `config` and told to take clean latents.
 
     Raises:
-        ValueError: diffusers has no scheduler of that name.
+        ValueError: diffusers has no scheduler of that name, or one that cannot be made from betas.
     """
     kind: Any = getattr(diffusers, name, None)
     is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
@@ -42,7 +42,12 @@ def solver_named(name: str, config: MDMConfig):
         raise ValueError(
             f"`scheduler` is {name!r}, which names no scheduler of diffusers {diffusers.__version__}; {USABLE_SOLVERS}"
         )
-    return kind.from_config(default_solver(config).config)
+    try:
+        return kind.from_config(default_solver(config).config)
+    except TypeError as error:  # one for other things than noise on numbers, with arguments of its own
+        raise ValueError(
+            f"`scheduler` is {name!r}, which needs more than betas ({error}); {USABLE_SOLVERS}"
+        ) from error
 
 
 def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_bar: Tensor) -> tuple[Any, list[float]]:

@@ -141,6 +141,8 @@ def kind_of(source: Path) -> str:
             fields = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"Got {config}, which is no JSON ({error}); need it whole.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"Got {config} with {type(fields).__name__}; need a mapping of settings.")
     if fields.get("model_type") == "mdm" or (source / "tokenizer.json").is_file():
         return "mdm"
     if fields.get("_class_name") in CLASSES:

@@ -194,8 +194,9 @@ def _checked(kind: str, value: Any) -> Any:
 
 def _is_picture(inputs: Any) -> bool:
     """Whether a text is a picture in base64: longer than a prompt, and it starts as one of the usual formats does."""
-    starts = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "data:image/")
-    return isinstance(inputs, str) and len(inputs) > 64 and inputs.startswith(starts)
+    starts = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "data:image/")
+    is_long = isinstance(inputs, str) and len(inputs) > 64
+    return is_long and " " not in inputs[:64] and inputs.startswith(starts)
 
 
 def _image(given: Any) -> Image.Image | str:
