@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mdm_hf import ssd as ssd_module
 from mdm_hf import ssd_chunks
 from mdm_hf.causal_conv import causal_conv
-from mdm_hf.ssd import ssd, ssd_oracle
+from mdm_hf.ssd import kernel_chunk, ssd, ssd_oracle
 
 
 def inputs(l, *, b=2, h=4, g=2, p=5, n=3, dtype=torch.float64, skip=True, initial=True, softplus=False, seed=0):
@@ -335,3 +335,11 @@ def test_whole_numbers_and_another_device_are_refused(name):
 def test_a_chunk_size_below_one_is_refused():
     with pytest.raises(ValueError, match="`chunk_size` is 0; ssd needs at least 1"):
         ssd(**inputs(6), chunk_size=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "expected"),
+    [(1, None, 16), (16, None, 16), (50, None, 64), (64, None, 64), (65, None, 128), (9999, None, 128), (50, 32, 32)],
+)
+def test_a_kernels_chunk_is_no_longer_than_a_short_sequence_needs(length, chunk_size, expected):
+    assert kernel_chunk(torch.empty(1, length, 1, 1), chunk_size) == expected

@@ -36,8 +36,10 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
 )
 LOADED_PROCESSOR = ("from", "do_resize", "aspect_ratio_buckets")  # what a recipe may say of one that is there
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
-OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts", "length_groups", "shuffle_buffer") + (
+OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts") + (
     "mixed_batches",
+    "length_groups",
+    "shuffle_buffer",
 )
 FREEZE = ("vae", "encoder")
 MUON = "muon"  # a value of `optim` that TrainingArguments do not know
