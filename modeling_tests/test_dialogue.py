@@ -270,6 +270,7 @@ def test_an_answer_is_watched_as_it_forms_and_is_that_of_a_call(pipe) -> None:
     answer = plain("a handwritten three", **options)
     assert looks[-1]["images"][0].tobytes() == answer["images"][0].tobytes() != looks[0]["images"][0].tobytes()
     assert list(chat.stream("what?", seed=1))[-1] == plain("what?", seed=1)
+    assert chat.state.length.equal(plain.state.length)
 
 
 def test_of_an_answer_that_is_left_while_it_forms_nothing_is_remembered(pipe) -> None:
