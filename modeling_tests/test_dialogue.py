@@ -1,5 +1,7 @@
 """Claims about conversations that are remembered as a state, and about texts of any length."""
 
+import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import KINDS, batch, generators, tiny_model
-from transformers import TextIteratorStreamer
+from transformers import TextIteratorStreamer, TextStreamer
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.conversation_state import MDMConversationState
@@ -165,7 +168,7 @@ def test_a_long_text_grows_no_memory_and_streams_what_it_returns(monkeypatch) ->
     monkeypatch.setattr(MDMProcessor, "continues", lambda self, sequence: True)  # a model that never ends
     pipe = MDMPipeline.from_pretrained(CARD, device="cpu", num_inference_steps=4)
     pipe.set_progress_bar_config(disable=True)
-    chat, streamer = pipe.chat(), TextIteratorStreamer(pipe.processor.tokenizer)
+    chat, streamer = pipe.chat(), TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True)
     text = chat.write(text="a three", max_new_tokens=60, streamer=streamer, seed=0)
     size = chat.state.nbytes()
     assert "".join(streamer).split() == text.split()
@@ -182,6 +185,11 @@ def blocks_of(pipe, *blocks: str, last_continues: bool = False):
         yield pipe.processor.apply_chat_template([{"role": "assistant", "content": [part]}])
 
 
+def written(blocks) -> SimpleNamespace:
+    """The next of the blocks, as `generate` returns it."""
+    return SimpleNamespace(sequences=next(blocks)["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("stop", "wanted"),
     [
@@ -193,7 +201,7 @@ def blocks_of(pipe, *blocks: str, last_continues: bool = False):
 )
 def test_a_long_text_ends_where_the_model_ends_it_or_after_a_stop_string(pipe, monkeypatch, stop, wanted) -> None:
     chat, blocks = pipe.chat(), blocks_of(pipe, "a small three", "draw it", "a six")
-    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    monkeypatch.setattr(chat, "_drawer", lambda *a, **o: lambda look: written(blocks))
     assert chat.write(max_new_tokens=100, stop_strings=stop) == wanted
 
 
@@ -202,13 +210,13 @@ def test_a_long_text_ends_with_its_last_token_and_may_end_in_an_empty_block(pipe
 
     def generate(*given, max_new_tokens, **options):
         asked.append(max_new_tokens)
-        return SimpleNamespace(sequences=next(blocks)["input_ids"])
+        return lambda look: written(blocks)
 
-    monkeypatch.setattr(chat, "_generate", generate)
+    monkeypatch.setattr(chat, "_drawer", generate)
     assert chat.write(max_new_tokens=5, block_size=4) == "a small three draw it"
     assert asked == [4, 2]
     chat, blocks = pipe.chat(), blocks_of(pipe, "a small three", "")
-    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    monkeypatch.setattr(chat, "_drawer", lambda *a, **o: lambda look: written(blocks))
     assert chat.write(max_new_tokens=100) == "a small three"
     with pytest.raises(ValueError, match="`max_new_tokens` is 0; it must be a whole number, 1 or more"):
         chat.write(max_new_tokens=0)
@@ -227,7 +235,7 @@ def test_a_long_text_has_at_least_its_fewest_tokens() -> None:
 
 def test_what_the_user_said_is_remembered_where_the_answer_is_empty(pipe, monkeypatch) -> None:
     chat, blocks = pipe.chat(), blocks_of(pipe, "")
-    monkeypatch.setattr(chat, "_generate", lambda *a, **o: SimpleNamespace(sequences=next(blocks)["input_ids"]))
+    monkeypatch.setattr(chat, "_drawer", lambda *a, **o: lambda look: written(blocks))
     assert chat.write(text="a small three") == ""
     read = pipe.processor.as_history(pipe.processor.as_messages("a small three", None))
     assert chat.state.length.tolist() == [read["input_ids"].shape[1]]
@@ -284,3 +292,178 @@ def test_of_an_answer_that_is_left_while_it_forms_nothing_is_remembered(pipe) ->
     with pytest.raises(ValueError, match="num_inference_steps"):
         list(chat.stream("what?", num_inference_steps=0))
     assert chat.state is before
+
+
+def test_a_state_of_other_weights_of_the_same_sizes_is_refused(pipe) -> None:
+    state = pipe.chat()
+    state(text="a three", seed=0)
+    other = copy.deepcopy(pipe.model)
+    with torch.no_grad():
+        other.latent_head.weight[0, 0] += 1e-3
+    stranger = MDMPipeline(other, pipe.processor, device="cpu")
+    need = "Got the state of a model with other weights .* need that of the same model"
+    with pytest.raises(ValueError, match=need):
+        stranger.chat(state.state)
+    with pytest.raises(ValueError, match=need):
+        other.generate(**batch(["text"]), state=state.state)
+    assert pipe.chat(state.state).state is state.state
+
+
+def renamed(facts, tensors):
+    tensors["unseen.0.convs"] = tensors.pop("unseen.0.conv")
+
+
+def with_nan(facts, tensors):
+    tensors["seen.0.ssm"][0, 0, 0, 0] = torch.nan
+
+
+DAMAGES = {
+    "a layer missing": (lambda facts, tensors: tensors.pop("seen.0.ssm"), "'seen.0.ssm'"),
+    "has_image missing": (lambda facts, tensors: tensors.pop("has_image"), "'has_image'"),
+    "a layer too many": (lambda f, tensors: tensors.update({"seen.9.ssm": torch.zeros(1)}), "unknown seen.9.ssm"),
+    "a name": (renamed, "'unseen.0.conv'"),
+    "a shape": (lambda f, tensors: tensors.update({"seen.0.ssm": torch.zeros(1, 2)}), r"seen.0.ssm of shape \(1, 2\)"),
+    "rows": (lambda f, tensors: tensors.update(length=torch.zeros(2).long()), r"length of shape \(2,\)"),
+    "NaN": (with_nan, "seen.0.ssm that holds NaN"),
+    "a kind": (lambda f, tensors: tensors.update(length=torch.zeros(1)), "length of torch.float32"),
+    "no sizes": (lambda facts, tensors: facts.pop("sizes"), "'sizes'"),
+    "no weights": (lambda facts, tensors: facts.pop("weights"), "'weights'"),
+    "broken sizes": (lambda facts, tensors: facts.update(sizes="{"), "Expecting property name"),
+    "a size missing": (
+        lambda f, t: f.update(sizes=json.dumps({k: v for k, v in json.loads(f["sizes"]).items() if k != "expand"})),
+        "unknown expand",
+    ),
+    "text for a size": (
+        lambda f, t: f.update(sizes=json.dumps(json.loads(f["sizes"]) | {"expand": "two"})),
+        "damaged conversation state",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_refused_with_what_is_wrong(pipe, tmp_path, damage, told) -> None:
+    chat = pipe.chat()
+    chat(text="a three", seed=0)
+    chat.save(tmp_path / "chat")
+    with safe_open(tmp_path / "chat", "pt") as file:
+        facts, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage(facts, tensors)
+    save_file(tensors, tmp_path / "chat", metadata=facts)
+    with pytest.raises(ValueError, match=f"(?s){told}.*need a file that MDMConversationState.save"):
+        pipe.chat(tmp_path / "chat")
+
+
+def test_a_state_that_cannot_be_written_is_refused_and_leaves_nothing(pipe, tmp_path) -> None:
+    chat = pipe.chat()
+    chat(text="a three", seed=0)
+    for path in (tmp_path / "absent" / "chat", tmp_path):
+        with pytest.raises(ValueError, match="to save a conversation in, which cannot be written .* that is there"):
+            chat.save(path)
+    assert not [*tmp_path.iterdir()]
+    assert not [*tmp_path.parent.glob(".unfinished*")]
+
+
+class Deaf:
+    """A streamer that fails at its second `put`."""
+
+    def __init__(self) -> None:
+        self.puts = 0
+
+    def put(self, value) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            raise RuntimeError("nobody listens")
+
+    def end(self) -> None:
+        raise AssertionError
+
+
+def test_of_a_text_that_fails_half_way_nothing_is_remembered(pipe, monkeypatch) -> None:
+    chat = pipe.chat()
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        chat.write(text="a three", min_new_tokens=30, max_new_tokens=60, streamer=Deaf(), seed=0)
+    assert chat.state is None
+    chat(text="a three", seed=0)
+    before = chat.state
+    monkeypatch.setattr(pipe.model, "read_conversation", fails_at(2, pipe.model.read_conversation))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat(text="which digit is this?", seed=0)  # read, then the answer to it
+    assert chat.state is before
+
+
+def fails_at(number: int, function):
+    calls = iter(range(1, number + 1))
+
+    def failing(*given, **options):
+        if next(calls) == number:
+            raise RuntimeError("out of memory")
+        return function(*given, **options)
+
+    return failing
+
+
+def test_a_picture_is_remembered_at_the_size_that_it_was_drawn_in(pipe) -> None:
+    chat, small = pipe.chat(), pipe.chat()
+    chat(text="a three", generate="image", image_size=(8, 16), seed=0)
+    small(text="a three", generate="image", seed=0)
+    assert (chat.state.length - small.state.length).tolist() == [16]  # patches of 2x2 pixels
+
+
+def test_a_streamer_gets_the_prompt_first_as_from_other_models(capsys) -> None:
+    pipe = MDMPipeline.from_pretrained(CARD, device="cpu", num_inference_steps=4)
+    pipe.set_progress_bar_config(disable=True)
+    tokenizer, options = pipe.processor.tokenizer, {"max_new_tokens": 30, "seed": 0}
+    for skips in (True, False):
+        streamer = TextStreamer(tokenizer, skip_prompt=skips, skip_special_tokens=True)
+        text = pipe.chat().write(text="a small three", streamer=streamer, **options)
+        wanted = text if skips else f"a small three {text}"
+        assert capsys.readouterr().out.split() == wanted.split()
+
+
+def test_the_pipelines_own_default_is_that_of_its_conversations(pipe) -> None:
+    painter = MDMPipeline(pipe.model, pipe.processor, device="cpu", num_inference_steps=2, generate="image")
+    painter.set_progress_bar_config(disable=True)
+    assert painter.chat()(text="a three", seed=0)["images"]
+    assert painter.chat()(text="a three", generate="text", seed=0)["images"] == []
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda chat: chat(), "Got a first turn in which nothing is said; need a text, images or messages"),
+        (lambda chat: chat(text="a", canvas={"type": "image"}), "Got canvas in a turn of a conversation; need one"),
+        (lambda chat: chat(text="a", class_ids=3), "Got class_ids in a turn of a conversation; need one answer"),
+        (lambda chat: chat(text="a", max_new_tokens=600), "Got max_new_tokens=600 .* need at most .* = 512; lower it"),
+        (lambda chat: chat.write(text="a", block_size=600), "Got max_new_tokens=600 for an answer that is to be"),
+        (lambda chat: chat(text="a", seed="x"), "`seed` is 'x'; it must be a whole number, 0 or more"),
+        (lambda chat: chat.write(text="a", seed=2**64 - 1), r"`seed` is \d+; it must be .* and below 2\*\*63"),
+        (lambda chat: chat(text="a", messages=[]), "Got `messages` together with `text` or `images`; need one"),
+        (lambda chat: chat(messages="a"), "Got messages of type str; need a list of messages, dicts with 'role'"),
+        (lambda chat: chat.read({"role": "user", "content": "a"}), "Got messages of type dict; need a list"),
+        (lambda chat: chat.read(["a"]), r"Got \['a'.* as a conversation; need messages"),
+        (lambda chat: chat.read([]), "Got messages without a part; need at least one to remember"),
+        (lambda chat: chat.pipe.chat(5), "`state` is of type int; it must be what .* name of a file that it was"),
+        (lambda chat: chat.write(text="a", stop_strings=""), "`stop_strings` is ''; it must be a string or a list"),
+        (lambda chat: chat.write(text="a", stop_strings=[5]), r"`stop_strings` is \[5\]; it must be a string or"),
+        (lambda chat: chat.write(text="a", stop_strings=5), "`stop_strings` is 5; it must be a string or a list"),
+        (lambda chat: chat.write(text="a", streamer=print), "`streamer` is of type .* it must have `put` and `end`"),
+        (lambda chat: chat.write(text="a", generate="image"), "Got `generate` for a text of any length; need none"),
+        (lambda chat: chat.write(text="a", min_new_tokens=9, max_new_tokens=4), "`min_new_tokens` is 9; it must be"),
+        (lambda chat: chat.write(text="a \ud800"), "Got the text .* with half a character at 2 .*lone surrogate"),
+        (lambda chat: chat.stream(text="a", generate="bad"), "Got generate with 'bad'; need 'image', 'text' or both"),
+    ],
+)
+def test_a_turn_that_cannot_be_is_refused_before_anything_is_drawn(pipe, monkeypatch, call, told) -> None:
+    monkeypatch.setattr(pipe.model, "generate", None)
+    chat = pipe.chat()
+    with pytest.raises(ValueError, match=told):
+        call(chat)
+    assert chat.state is None
+
+
+def test_a_class_is_said_in_the_first_turn(pipe) -> None:
+    said = [{"role": "user", "content": [{"type": "class", "class": 3}]}]
+    chat = pipe.chat()
+    assert chat(messages=said, generate="image", seed=0)["images"]
+    with pytest.raises(ValueError, match="Got a class in a conversation that goes on; need it in the first turn"):
+        chat(messages=said, generate="image", seed=0)

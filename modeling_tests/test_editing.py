@@ -77,9 +77,15 @@ def test_a_mask_is_laid_over_the_picture_as_the_picture_is_processed() -> None:
     assert cut.patch_mask(tall, (4, 4)).tolist() == [[True] * 4] + [[False] * 4] * 3  # rows 4 to 7 are left
 
 
-@pytest.mark.parametrize("mask", [np.zeros((8, 8)), np.ones(8), np.ones((8, 8, 3)), np.array([["a"]])])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(np.zeros((8, 8)), np.ones(8), np.ones((8, 8, 3)), np.array([["a"]]), np.full((8, 8), 100.0), {"a": 1}),
+        *(-np.ones((8, 8)), np.full((8, 8), np.nan), np.ones((8, 8), complex), [[1, 0], [1]], [(0, 3)]),
+    ],
+)
 def test_a_mask_that_marks_nothing_is_refused(processor, mask) -> None:
-    with pytest.raises(ValueError, match="Got an image mask of type ndarray.* need a picture or .*, white or 1 where"):
+    with pytest.raises(ValueError, match=r"Got an image mask of type (?s:.*) need a picture or .*, white or 1 where"):
         processor.apply_chat_template(answer({"type": "image", "image": picture(), "mask": mask}))
 
 
@@ -91,6 +97,8 @@ def test_a_mask_that_marks_nothing_is_refused(processor, mask) -> None:
         ([(0, 1), (14, 19)], ["▁a", "▁three"]),
         ([(14, None)], ["▁three"] + ["</s>"] * 5),
         ([(19, None)], ["</s>"] * 5),
+        (np.array([[0, 1]]), ["▁a"]),
+        ([(np.int64(14), np.int64(19))], ["▁three"]),
         (None, ["▁a", "▁handwritten", "▁three"] + ["</s>"] * 5),
     ],
 )
@@ -115,11 +123,15 @@ def test_mask_tokens_stand_for_tokens_to_be_made_and_leave_no_labels(processor) 
 
 
 @pytest.mark.parametrize(
-    "mask", [[(3, 2)], [(0, 99)], [(20, None)], "all", [(0.5, 2)], [(1,)], [(-1, 2)], [[None, 3]]]
+    "mask",
+    [
+        *([(3, 2)], [(0, 99)], [(20, None)], "all", [(0.5, 2)], [(1,)], [(-1, 2)], [[None, 3]], 5, [5], ["ab"]),
+        np.ones((8, 8)),
+    ],
 )
 def test_a_text_mask_outside_its_text_is_refused(processor, mask) -> None:
     with pytest.raises(
-        ValueError, match=r"Got the text mask .* for 'a handwritten three'; need a list of \(start, end"
+        ValueError, match=r"Got the text mask (?s:.*) for 'a handwritten three'; need a list of \(start, end"
     ):
         processor.apply_chat_template(answer({"type": "text", "text": "a handwritten three", "mask": mask}))
 
@@ -234,6 +246,27 @@ def test_the_weaker_the_nearer_to_what_was_given(pipe) -> None:
     assert whole.tobytes() == again.tobytes()
 
 
+def test_a_strength_of_less_than_half_a_step_is_refused(pipe) -> None:
+    canvas = {"type": "image", "image": picture()}
+    with pytest.raises(ValueError, match="`strength` is 0.1 of num_inference_steps = 4, less .* steps to 6 or more"):
+        pipe(canvas=canvas, strength=0.1, num_inference_steps=4)
+    assert pipe(canvas=canvas, strength=0.1, num_inference_steps=6, seed=0)[0]["images"]
+    assert pipe(canvas=canvas, strength=0.1, num_inference_steps="auto", seed=0)[0]["images"]
+    assert min(pipe.model.found_steps.values()) >= 6
+
+
+@pytest.mark.parametrize("canvas", [picture(), "three", 5, [picture()], [{"type": "image"}, 3]])
+def test_a_canvas_that_is_no_part_is_refused(pipe, canvas) -> None:
+    with pytest.raises(ValueError, match="Got the canvas .*; need a part of a message or a list of them; a picture"):
+        pipe(canvas=[canvas] if isinstance(canvas, list) else canvas)
+
+
+def test_whole_numbers_up_to_255_and_half_precision_are_masks_too(processor) -> None:
+    for mask in (UPPER.astype(int) * 255, torch.tensor(UPPER).bfloat16(), UPPER.tolist()):
+        made = processor.image_processor.patch_mask(mask, (4, 4))
+        assert (made == processor.image_processor.patch_mask(UPPER, (4, 4))).all()
+
+
 def test_strength_needs_something_to_start_from(pipe) -> None:
     with pytest.raises(
         ValueError, match=r"Got strength=0.5 and a target image of which nothing is known.* `canvas`, or"
@@ -307,6 +340,10 @@ def test_a_callback_that_returns_what_cannot_be_frozen_is_told_so() -> None:
         ({"frozen": [1]}, "returned 'frozen' of type list"),
         ({"input_ids": inputs["input_ids"]}, "returned 'input_ids' without 'frozen'; return the mask of the text"),
         ({"freeze": torch.ones(shape)}, "returned a dict of 'freeze'; it must return None or"),
+        (
+            {"frozen": inputs["target_mask"], "input_ids": torch.full(shape, 99_999)},
+            r"returned 'input_ids' from 99999 to 99999 where 'frozen' is true; they must lie in \[0, vocab_size\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**inputs, num_inference_steps=2, callback_on_step_end=lambda *a, c=changed: c)

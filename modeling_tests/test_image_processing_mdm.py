@@ -213,6 +213,25 @@ def test_an_image_over_the_limit_is_refused_before_it_is_decoded(tmp_path: Path,
         processor(max_pixels=15)(np.zeros((4, 4), dtype=np.uint8))
 
 
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (Image.fromarray(np.full((16, 16), np.nan, np.float32)), "mode F .* pixels from nan to nan, where 0 to 255"),
+        (Image.fromarray(np.full((16, 16), -5, np.float32)), "pixels from -5 to -5, where 0 to 255 are needed"),
+        (Image.fromarray(np.full((16, 16), 70_000, np.int32)), "mode I .* pixels from 70000 to 70000, where 0 to"),
+        (Image.new("LAB", (16, 16)), "mode LAB .* need one that is open and can become grey or RGB; convert it"),
+        (Image.new("L", (0, 16)), "Got an image of 16x0 pixels; need some"),
+    ],
+)
+def test_pictures_that_would_be_guessed_at_are_refused(image, told) -> None:
+    with pytest.raises(ValueError, match=told.replace(" .* pixels", r" .*pixels")):
+        processor()(image)
+    closed = colour(16, 16)
+    closed.close()
+    with pytest.raises(ValueError, match=r"cannot be read \(Operation on closed image\); need one that is open"):
+        processor()(closed)
+
+
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a picture")
@@ -223,8 +242,9 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
             processor()(source)
     with pytest.raises(ValueError, match=r"Got 5 bytes, which holds no image"):
         processor()(b"bytes")
-    with pytest.raises(ValueError, match=r"cannot be opened .*check the path"):
-        processor()(str(tmp_path / "missing.png"))
+    for source in (str(tmp_path / "missing.png"), "http://127.0.0.1:9/none.png"):
+        with pytest.raises(ValueError, match=r"cannot be opened .*check the path or the address"):
+            processor()(source)
     with pytest.raises(ValueError, match=r"Got an image of type int; need a PIL image"):
         processor()(3)
     with pytest.raises(ValueError, match="Got no images; need at least one"):

@@ -483,6 +483,15 @@ def test_arrays_are_batches_as_lists_are(pipe):
         ({"seed": 1.5}, "`seed` is 1.5; it must be a whole number, 0 or more"),
         ({"seed": "3"}, "`seed` is '3'"),
         ({"image_size": 8}, "Got image_size 8; need (height, width)"),
+        ({"image_size": (0, 8)}, "Got image height 0; need 2 or a multiple of it, whole patches"),
+        ({"image_size": (100_000, 100_000)}, "Got image_size 100000x100000 = 10000000000 pixels; need at most max_"),
+        ({"callback_on_step_end": 5}, "`callback_on_step_end` is 5; it must be a function f(model, step, timesteps"),
+        ({"text": [{"canvas": {"type": "image"}}], "generate": "image"}, "Got generate='image' and a canvas, whose"),
+        ({"text": "half \ud800"}, "with half a character at 5 (a lone surrogate); need whole ones"),
+        ({"guidance_scale": True}, "`guidance_scale` is True; it must be a number, 0 or more"),
+        ({"scheduler": "SchedulerMixin"}, "`scheduler` is 'SchedulerMixin', which names no scheduler of diffusers"),
+        ({"scheduler": "UnCLIPScheduler"}, "`scheduler` is 'UnCLIPScheduler', which cannot be made from the model's"),
+        ({"scheduler": DDIMScheduler}, "`scheduler` is the class DDIMScheduler; it must be one of its objects, or"),
         ({"batch_size": -1}, "`batch_size` is -1; it must be a whole number, 1 or more"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"text": []}, "`text` is empty; a batch needs at least one prompt"),
@@ -498,3 +507,10 @@ def test_prompts_that_cannot_work_are_refused(pipe, conditions, message):
     with pytest.raises(ValueError) as error:
         pipe(**conditions)
     assert message in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    plain = pipe(seed=0, num_inference_steps=2, guidance_scale=1.5, max_new_tokens=3, min_new_tokens=2)
+    numpy = {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(1.5)}
+    numpy |= {"max_new_tokens": np.int64(3), "min_new_tokens": np.uint8(2)}
+    assert pipe(seed=np.int64(0), **numpy) == plain

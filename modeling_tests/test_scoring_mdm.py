@@ -326,3 +326,19 @@ def test_choices_that_do_not_fit_their_prompts_are_refused(pipe):
         pipe.score_choices(text=["a", "b"], choices=[["yes", "no"]])
     with pytest.raises(ValueError, match=r"Got choices \[\] for prompt 1; need a list of one or more"):
         pipe.score_choices(text=["a", "b"], choices=[["yes"], []])
+    for choices in (None, {"yes"}, "yes", 5):
+        with pytest.raises(ValueError, match=f"Got choices of type {type(choices).__name__}; need a list of answers"):
+            pipe.score_choices(text="a", choices=choices)
+    asked = {"text": "a", "choices": ["yes", "no"], "num_samples": 4}
+    for options, message in (
+        ({"seed": -1}, "`seed` is -1; it must be a whole number, 0 or more"),
+        ({"seed": "x"}, "`seed` is 'x'; it must be a whole number"),
+        ({"batch_size": 0}, "`batch_size` is 0; it must be a whole number, 1 or more"),
+        ({"text": {"canvas": {"type": "text"}}}, "Got a prompt with a canvas to score answers to; need the answers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.score_choices(**asked | options)
+    [scores] = pipe.score_choices(**asked)
+    for index in (2, -1, "yes"):
+        with pytest.raises(ValueError, match=f"Got answer {index!r} of 2; need a whole number from 0 to 1, its place"):
+            scores.margin(index, 0)

@@ -7,17 +7,16 @@ import torch
 from tiny import KINDS, batch, generators, tiny_model
 
 from mdm_hf import MDMForMultiModalGeneration
-from mdm_hf.step_calibration import CANDIDATES, fewest_steps, first_rows
+from mdm_hf.step_calibration import CANDIDATES, fewest_steps, fewest_whole, first_rows
 
 
 ONE_TARGET = [torch.ones(1, 3, dtype=torch.bool)]
 
 
 def off_by(error: float):
-    """Latents whose error with n steps is `error / n**2` of their spread, and the numbers that were asked for."""
+    """Latents whose error with n steps is `error / n**2` of their size, and the numbers that were asked for."""
     exact, away, asked = torch.randn(1, 3, 4).double(), torch.randn(1, 3, 4).double(), []
-    spread = (exact - exact.mean(1, keepdim=True)).square().sum().sqrt()
-    away = away / away.square().sum().sqrt() * spread
+    away = away / away.square().sum().sqrt() * exact.square().sum().sqrt()
 
     def draw(steps: int) -> torch.Tensor:
         asked.append(steps)
@@ -42,10 +41,26 @@ def test_the_worse_of_two_modalities_decides() -> None:
     assert found == 10
 
 
-def test_no_candidate_beyond_the_most_is_tried() -> None:
+def test_no_candidate_beyond_the_most_or_below_the_least_is_tried() -> None:
     draw, asked = off_by(20)
     assert fewest_steps(draw, ONE_TARGET, 1e-9, most=8)[0] == 8
     assert asked == [8, 4, 6]
+    draw, asked = off_by(20)
+    assert fewest_steps(draw, ONE_TARGET, 1e-9, most=8, least=6)[0] == 8
+    assert asked == [8, 6]
+
+
+def test_a_single_target_takes_no_more_steps_than_many() -> None:
+    draw, _ = off_by(20)
+    alone = [torch.tensor([[True, False, False]])]
+    assert fewest_steps(lambda steps: draw(steps)[:, :1].expand(1, 3, 4), alone, 1.5)[0] < 50
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 1), (0.5, 2), (0.3, 2), (0.1, 6), (0.05, 11)])
+def test_the_fewest_steps_of_which_a_share_is_a_whole_one(strength, steps) -> None:
+    assert fewest_whole(strength) == steps
+    assert round(steps * strength) >= 1
+    assert steps == 1 or round((steps - 1) * strength) < 1
 
 
 @pytest.mark.parametrize("count", [1, 4, len(KINDS)])

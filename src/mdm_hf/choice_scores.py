@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .prompts import whole_number
 from .scoring_mdm import stratified_error
 
 
@@ -34,7 +35,17 @@ class ChoiceScores:
 
     def margin(self, first: int, second: int) -> tuple[float, float]:
         """By how many nats answer `first` is likelier than `second`, and the standard error of that: smaller than
-        those of the two scores, as most of their noise is the same."""
+        those of the two scores, as most of their noise is the same.
+
+        Raises:
+            ValueError: no such answer.
+        """
+        for index in (first, second):
+            if not isinstance(index, int) or not 0 <= index < len(self.choices):
+                raise ValueError(
+                    f"Got answer {index!r} of {len(self.choices)}; need a whole number from 0 to "
+                    f"{len(self.choices) - 1}, its place among the choices."
+                )
         difference = self.draws[first] - self.draws[second]
         return float(difference.mean()), float(stratified_error(difference))
 
@@ -61,11 +72,12 @@ def score_choices(
     Raises:
         ValueError: not as many lists of answers as questions, an empty one, and what processor and `score` refuse.
     """
+    seed, batch_size = whole_number("seed", seed, least=0), whole_number("batch_size", batch_size)
     if len(conversations) != len(choices):
         raise ValueError(
             f"Got {len(choices)} lists of choices for {len(conversations)} prompts; need one list a prompt."
         )
-    if empty := [i for i, some in enumerate(choices) if isinstance(some, str) or not len(some)]:
+    if empty := [i for i, some in enumerate(choices) if not isinstance(some, list | tuple) or not some]:
         raise ValueError(f"Got choices {choices[empty[0]]!r} for prompt {empty[0]}; need a list of one or more.")
     asked = enumerate(zip(conversations, choices, strict=True))
     rows = [(seed + i, _answered(messages, one)) for i, (messages, some) in asked for one in some]

@@ -8,6 +8,7 @@ conversation is read both ways: `unseen` as if there never were one, `seen` as i
 is settled when the state is used.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_mdm import MDMConfig
 from .input_checks import check_inputs
@@ -26,8 +27,20 @@ from .sequence_layout import image_of_each_row, plan_scans
 
 
 FORMAT = "mdm-conversation-state"
+PARTS = ("conv", "ssm")  # of a block's cache
 # Of the configuration, what a state depends on beside the weights.
-SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel", "scan_sharing")
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel"),
+    *("scan_sharing", "scan_directions"),
+)
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of so many bytes
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What changes with any of a model's weights: a hash of the sums of their bits, alike on every device."""
+    here = [weight.detach() for weight in model.parameters() if not weight.is_meta]  # the others lie on a disk
+    sums = [weight.contiguous().view(WORDS[weight.element_size()]).sum(dtype=torch.int64) for weight in here]
+    return hashlib.sha256(repr([int(one) for one in sums]).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -39,6 +52,7 @@ class MDMConversationState:
         has_image: (b,) bool, whether there was one.
         length: (b,) number of positions read.
         sizes: What of the model's configuration the states depend on.
+        weights: The model's `fingerprint`.
     """
 
     unseen: list[MDMConditionCache]
@@ -46,11 +60,13 @@ class MDMConversationState:
     has_image: Tensor
     length: Tensor
     sizes: dict[str, Any]
+    weights: str
 
     @classmethod
-    def of(cls, config: MDMConfig, unseen, seen, has_image: Tensor, length: Tensor) -> "MDMConversationState":
-        """A state that keeps of `config` what another model has to have alike."""
-        return cls(unseen, seen, has_image, length, {name: getattr(config, name) for name in SIZES})
+    def of(cls, model, unseen, seen, has_image: Tensor, length: Tensor) -> "MDMConversationState":
+        """A state that keeps of `model` what another one has to have alike."""
+        sizes = {name: getattr(model.config, name) for name in SIZES}
+        return cls(unseen, seen, has_image, length, sizes, fingerprint(model))
 
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
@@ -68,19 +84,30 @@ class MDMConversationState:
         return caches
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, whole or not at all."""
+        """Writes one safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: no folder for it, or none that may be written to.
+        """
         path = Path(path)
         aside = path.with_name(f".unfinished-{path.name}")
-        facts = {"format": FORMAT, "sizes": json.dumps(self.sizes)}
-        save_file({name: value.contiguous() for name, value in self._tensors().items()}, aside, metadata=facts)
-        os.replace(aside, path)
+        facts = {"format": FORMAT, "sizes": json.dumps(self.sizes), "weights": self.weights}
+        try:
+            save_file({name: value.contiguous() for name, value in self._tensors().items()}, aside, metadata=facts)
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise ValueError(
+                f"Got {path} to save a conversation in, which cannot be written ({error}); need the name of a file in "
+                "a folder that is there."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: Any = "cpu") -> "MDMConversationState":
         """What `save` wrote.
 
         Raises:
-            ValueError: no such file, or none of this format.
+            ValueError: no such file, none of this format, or one that was changed since.
         """
         need = "need a file that MDMConversationState.save wrote, whole"
         try:
@@ -90,24 +117,54 @@ class MDMConversationState:
             raise ValueError(f"Got {path}, which cannot be read ({error}); {need}.") from error
         if facts.get("format") != FORMAT:
             raise ValueError(f"Got {path}, a safetensors file of another kind; {need}.")
-        sizes = json.loads(facts["sizes"])
-        branches: dict[str, list[MDMConditionCache]] = {"unseen": [], "seen": []}
-        for caches in branches.values():
-            caches.extend(MDMConditionCache() for _ in range(sizes["num_hidden_layers"]))
-        has_image, length = tensors.pop("has_image"), tensors.pop("length")
-        for name, value in tensors.items():
-            branch, layer, part = name.split(".")
-            setattr(branches[branch][int(layer)], part, value)
-        return cls(branches["unseen"], branches["seen"], has_image, length, sizes)
+        try:
+            sizes = json.loads(facts["sizes"])
+            unseen, seen = (
+                [
+                    MDMConditionCache(**{part: tensors.pop(f"{branch}.{layer}.{part}") for part in PARTS})
+                    for layer in range(sizes["num_hidden_layers"])
+                ]
+                for branch in ("unseen", "seen")
+            )
+            state = cls(unseen, seen, tensors.pop("has_image"), tensors.pop("length"), sizes, facts["weights"])
+            if tensors or set(sizes) != {*SIZES}:
+                raise ValueError(f"unknown {', '.join(sorted({*tensors} | ({*sizes} ^ {*SIZES})))}")
+            state._check_tensors()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Got {path}, a damaged conversation state ({error}); {need}.") from error
+        return state
 
-    def check(self, config: MDMConfig, batch: int) -> None:
+    def _check_tensors(self) -> None:
+        """Raises ValueError for tensors of other shapes or kinds than the sizes ask for, and for NaN."""
+        of, batch = self.sizes, len(self.has_image)
+        inner, directions = of["expand"] * of["hidden_size"], self.unseen[0].conv.shape[2]
+        wanted = {
+            "conv": (batch, of["conv_kernel"] - 1, directions, inner + 2 * of["state_size"]),
+            "ssm": (batch, directions * inner // of["head_dim"], of["head_dim"], of["state_size"]),
+        }
+        for name, value in self._tensors().items():
+            is_state = name not in ("has_image", "length")
+            if tuple(value.shape) != (wanted[name.rpartition(".")[2]] if is_state else (batch,)):
+                raise ValueError(f"{name} of shape {tuple(value.shape)}")
+            if is_state and not (value.is_floating_point() and bool(torch.isfinite(value).all())):
+                raise ValueError(f"{name} that holds NaN, infinity or no floats")
+        if self.has_image.dtype != torch.bool or self.length.dtype != torch.int64:
+            raise ValueError(f"has_image of {self.has_image.dtype}, length of {self.length.dtype}")
+
+    def check(self, model, batch: int) -> None:
         """Raises ValueError for a state of another model, or of another number of conversations."""
+        remedy = "need that of the same model; read the conversation again with this one."
         for name, value in self.sizes.items():
-            if value != getattr(config, name):
+            if value != getattr(model.config, name):
                 raise ValueError(
-                    f"Got the state of a model with {name} {value!r} for one with {getattr(config, name)!r}; need "
-                    "that of the same model; read the conversation again with this one."
+                    f"Got the state of a model with {name} {value!r} for one with {getattr(model.config, name)!r}; "
+                    f"{remedy}"
                 )
+        if self.weights != fingerprint(model):
+            raise ValueError(
+                "Got the state of a model with other weights (trained further, with another adapter, or of another "
+                f"dtype); {remedy}"
+            )
         if len(self.has_image) != batch:
             raise ValueError(
                 f"Got the state of {len(self.has_image)} conversation(s) for a batch of {batch}; need one a row; give "
@@ -174,11 +231,11 @@ class MDMConversationMixin:
         has_image, length = image_of_each_row(layout), (~layout.is_padding).sum(1)
         unseen, seen = self.new_condition_cache(), self.new_condition_cache()
         if state is not None:
-            state.check(self.config, len(input_ids))
+            state.check(self, len(input_ids))
             has_image, length = has_image | state.has_image.to(has_image.device), length + state.length
             unseen, seen = (state.cache(torch.full_like(has_image, value)) for value in (False, True))
         time = torch.zeros(len(input_ids), 2, device=latents.device)
         for value, cache in ((False, unseen), (True, seen)):
             plan = plan_scans(self.config, layout, torch.full_like(has_image, value))
             self.model.denoise(latents, layout, plan, time, class_ids, cache)
-        return MDMConversationState.of(self.config, unseen, seen, has_image, length)
+        return MDMConversationState.of(self, unseen, seen, has_image, length)

@@ -128,6 +128,13 @@ class ConversationReader:
             text = self.mask_token if text is None else text
         if not isinstance(text, str):
             raise ValueError(f"Got a text part with text {text!r}; need a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Got the text {text[:60]!r} with half a character at {error.start} (a lone surrogate); need whole "
+                "ones; decode it anew, with errors='replace' if its source is broken."
+            ) from error
         without_gaps = text.replace(self.mask_token, "") if prompt.has_targets else text
         if found := self.special_text.search(without_gaps):
             remedy = "give the image as a part of its own" if found[0] == self.image_token else "take it out"
@@ -177,12 +184,15 @@ def _spans(text: Any, mask: Any) -> list[tuple[int, int | None]] | None:
     if mask is None:
         return None
     spans = []
-    for span in mask if isinstance(mask, list | tuple) and text is not None else [None]:
-        is_pair = isinstance(span, list | tuple) and len(span) == 2 and isinstance(span[0], int)
-        start, end = span if is_pair else (-1, -1)
-        if not (0 <= start <= len(text) and (end is None or (isinstance(end, int) and start < end <= len(text)))):
+    given = mask.tolist() if isinstance(mask, np.ndarray | torch.Tensor) else mask
+    for span in given if isinstance(given, list | tuple) and isinstance(text, str) else [None]:
+        try:
+            start, end = (None if place is None else operator.index(place) for place in span)
+        except (TypeError, ValueError):
+            start, end = -1, None
+        if start is None or not 0 <= start <= len(text) or not (end is None or start < end <= len(text)):
             raise ValueError(
-                f"Got the text mask {mask!r} for {text!r:.60}; need a list of (start, end) in its characters, end "
+                f"Got the text mask {mask!r:.80} for {text!r:.60}; need a list of (start, end) in its characters, end "
                 "None for all that follows; or leave the mask out and put the mask token where tokens are to be made."
             )
         spans.append((start, end))

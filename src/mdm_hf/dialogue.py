@@ -9,7 +9,11 @@ import torch
 
 from .conversation_state import MDMConversationState
 from .conversations import AUTO, MODALITIES, as_modalities
-from .prompts import whole_number
+from .input_checks import check_state
+from .prompts import first_seed, whole_number
+
+
+OF_PIPELINE = ("canvas", "class_ids", "num_return_sequences", "batch_size")  # of a call of the pipeline, not of a turn
 
 
 class MDMDialogue:
@@ -31,7 +35,7 @@ class MDMDialogue:
 
     def __init__(self, pipe, state: MDMConversationState | None = None):
         if state is not None:
-            state.check(pipe.model.config, 1)
+            check_state(pipe.model, state, 1)
         self.pipe, self.state = pipe, state
 
     @classmethod
@@ -43,7 +47,7 @@ class MDMDialogue:
         """Writes what is remembered into a safetensors file.
 
         Raises:
-            ValueError: nothing was said yet.
+            ValueError: nothing was said yet, or a file that cannot be written.
         """
         if self.state is None:
             raise ValueError("Got a dialogue without a turn; need at least one to save; say something first.")
@@ -55,7 +59,7 @@ class MDMDialogue:
         images: Any = None,
         messages: list[dict] | None = None,
         *,
-        generate: str | Sequence[str] = "text",
+        generate: str | Sequence[str] | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> dict:
@@ -64,7 +68,8 @@ class MDMDialogue:
         Args:
             text, images: What the user says; nothing, for the assistant to go on.
             messages: Instead of the two: messages to be read before the answer, the system's for instance.
-            generate: "text", "image" or both; "auto" for what the turn calls for, which a modality gate decides.
+            generate: "text", "image" or both; "auto" for what the turn calls for, which a modality gate decides; the
+                pipeline's own, if it was made with one, or "text" if None.
             seed, options: As in a call of the pipeline.
 
         Returns:
@@ -73,9 +78,9 @@ class MDMDialogue:
         Raises:
             ValueError: as a call of the pipeline.
         """
-        said = self.pipe.processor.as_messages(text, images) if messages is None else list(messages)
+        said = self._said(text, images, messages)
         answer = self.answer(said, generate, seed, **options)
-        self.read([*said, _as_message(answer)])
+        self._remember(said, answer)
         return answer
 
     def stream(
@@ -84,7 +89,7 @@ class MDMDialogue:
         images: Any = None,
         messages: list[dict] | None = None,
         *,
-        generate: str | Sequence[str] = "text",
+        generate: str | Sequence[str] | None = None,
         seed: int | None = None,
         callback_on_step_end: Callable | None = None,
         **options: Any,
@@ -105,17 +110,17 @@ class MDMDialogue:
         Raises:
             ValueError: as a call.
         """
-        said = self.pipe.processor.as_messages(text, images) if messages is None else list(messages)
-        looks = self.pipe.watched(
-            lambda look: self.pipe.postprocess(
-                self._generate(said, generate, seed, **options, callback_on_step_end=look)
-            ),
-            callback_on_step_end,
-        )
-        answer: dict = {}
-        for [answer] in looks:
-            yield answer
-        self.read([*said, _as_message(answer)])
+        said = self._said(text, images, messages)
+        draw = self._drawer(said, generate, seed, **options)
+        looks = self.pipe.watched(lambda look: self.pipe.postprocess(draw(look)), callback_on_step_end)
+
+        def taken() -> Iterator[dict]:
+            answer: dict = {}
+            for [answer] in looks:
+                yield answer
+            self._remember(said, answer)
+
+        return taken()
 
     def write(
         self,
@@ -128,6 +133,7 @@ class MDMDialogue:
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
         seed: int | None = None,
+        callback_on_step_end: Callable | None = None,
         **options: Any,
     ) -> str:
         """An answer of any length, block by block: each block is read when it is written, and no memory grows.
@@ -140,73 +146,147 @@ class MDMDialogue:
             min_new_tokens: Fewest; only a stop string can end it before.
             block_size: Most tokens of a block; the processor's `max_new_tokens` if None.
             stop_strings: The answer ends after the first of them.
-            streamer: One of transformers' streamers: its `put` gets the tokens of each block, then `end` is called.
-            seed, options: As in a call of the pipeline; block n is drawn with seed + n.
+            streamer: One of transformers' streamers. As `generate` of other models does, its `put` first gets the
+                tokens of what the user says (1, l), which `skip_prompt=True` leaves out, then those of each block
+                (n,); at last `end` is called.
+            seed, callback_on_step_end, options: As in a call of the pipeline; block n is drawn with seed + n.
 
         Raises:
-            ValueError: as a call of the pipeline.
+            ValueError: as a call of the pipeline. Nothing of the turn is remembered then.
         """
-        processor = self.pipe.processor
+        processor, before = self.pipe.processor, self.state
+        if "generate" in options:
+            raise ValueError("Got `generate` for a text of any length; need none, it makes text; leave it out.")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(
+                f"`streamer` is of type {type(streamer).__name__}; it must have `put` and `end`, as transformers' "
+                "TextStreamer; pass TextStreamer(pipe.processor.tokenizer, skip_prompt=True)."
+            )
         size = processor.max_new_tokens if block_size is None else whole_number("block_size", block_size)
         left = whole_number("max_new_tokens", max_new_tokens)
         due = whole_number("min_new_tokens", min_new_tokens, least=0)
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        first = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        said, written = processor.as_messages(text, images), ""
-        for number in count():
-            canvas = min(size, left)
-            out = self._generate(said, "text", first + number, max_new_tokens=canvas, min_new_tokens=due, **options)
-            [block] = self.pipe.postprocess(out)[0]["text"]
-            whole = f"{written} {block}".strip()
-            ends = [
-                at + len(stop) for stop in stops if (at := whole.find(stop, max(0, len(written) - len(stop)))) >= 0
-            ]
-            if ends:
-                whole = whole[: min(ends)]
-                block = whole[len(written) :].strip()
-            ids = processor.tokenizer(block, add_special_tokens=False)["input_ids"]
-            due = max(0, due - len(ids))
-            is_over = bool(ends) or (due == 0 and not processor.continues(out.sequences[0]))
-            if streamer is not None and ids:
-                streamer.put(torch.tensor(ids))
-            answer = [{"role": "assistant", "content": [{"type": "text", "text": block}]}] if block else []
-            if said or answer:
-                self.read([*said, *answer])
-            said, written, left = [], whole, left - max(1, len(ids))
-            if is_over or left <= 0:
-                break
+        if due > left:
+            raise ValueError(f"`min_new_tokens` is {due}; it must be at most max_new_tokens = {left}; lower it.")
+        stops, first = _as_stops(stop_strings), first_seed(seed)
+        said, written = self._said(text, images), ""
+        try:
+            for number in count():
+                canvas = min(size, left)
+                sizes = {"max_new_tokens": canvas, "min_new_tokens": due}
+                out = self._drawer(said, "text", first + number, **sizes, **options)(callback_on_step_end)
+                if streamer is not None and number == 0:
+                    streamer.put(out.sequences[:, : out.sequences.shape[1] - canvas - 1].cpu())
+                [block] = self.pipe.postprocess(out)[0]["text"]
+                whole = f"{written} {block}".strip()
+                ends = [
+                    at + len(stop) for stop in stops if (at := whole.find(stop, max(0, len(written) - len(stop)))) >= 0
+                ]
+                if ends:
+                    whole = whole[: min(ends)]
+                    block = whole[len(written) :].strip()
+                ids = processor.tokenizer(block, add_special_tokens=False)["input_ids"]
+                due = max(0, due - len(ids))
+                is_over = bool(ends) or (due == 0 and not processor.continues(out.sequences[0]))
+                if streamer is not None and ids:
+                    streamer.put(torch.tensor(ids))
+                answer = [{"role": "assistant", "content": [{"type": "text", "text": block}]}] if block else []
+                if said or answer:
+                    self.read([*said, *answer])
+                said, written, left = [], whole, left - max(1, len(ids))
+                if is_over or left <= 0:
+                    break
+        except BaseException:
+            self.state = before
+            raise
         if streamer is not None:
             streamer.end()
         return written
 
-    def read(self, messages: list[dict]) -> None:
-        """Remembers messages as they are, without an answer to them."""
+    def read(self, messages: list[dict], **image_options: Any) -> None:
+        """Remembers messages as they are, without an answer to them.
+
+        Args:
+            messages: As in [`MDMProcessor.apply_chat_template`].
+            image_options: Of the image processor: with `do_resize=False` pictures keep their sizes.
+
+        Raises:
+            ValueError: messages that do not fit together, or without any part.
+        """
         model, processor = self.pipe.model, self.pipe.processor
-        inputs = processor.as_history(messages, is_continued=self.state is not None).to(model.device)
+        said = self._said(messages=messages)
+        inputs = processor.as_history(said, is_continued=self.state is not None, **image_options).to(model.device)
         self.state = model.read_conversation(**inputs, state=self.state)
 
-    def answer(self, messages: list[dict], generate: str | Sequence[str], seed: int | None = None, **options) -> dict:
+    def answer(
+        self,
+        messages: list[dict],
+        generate: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        callback_on_step_end: Callable | None = None,
+        **options: Any,
+    ) -> dict:
         """The answer to messages, of which nothing is remembered."""
-        return self.pipe.postprocess(self._generate(messages, generate, seed, **options))[0]
+        draw = self._drawer(messages, generate, seed, **options)
+        return self.pipe.postprocess(draw(callback_on_step_end))[0]
 
-    def _generate(
-        self, messages: list[dict], generate, seed: int | None, callback_on_step_end: Callable | None = None, **options
-    ):
+    def _said(self, text: str | None = None, images: Any = None, messages: Any = None) -> list[dict]:
+        """What the user says in a turn, as messages."""
+        if messages is None:
+            return self.pipe.processor.as_messages(text, images)
+        if text is not None or images is not None:
+            raise ValueError(
+                "Got `messages` together with `text` or `images`; need one of the two; put the text and the images "
+                "into the messages as content parts."
+            )
+        if not isinstance(messages, list | tuple):
+            raise ValueError(
+                f"Got messages of type {type(messages).__name__}; need a list of messages, dicts with 'role' and "
+                "'content'; put a single one into a list."
+            )
+        return list(messages)
+
+    def _remember(self, said: list[dict], answer: dict) -> None:
+        """Reads a turn that is over, the pictures of its answer at the size that they were drawn in."""
+        before = self.state
+        try:
+            if any(message.get("content") for message in said):
+                self.read(said)
+            self.read([_as_message(answer)], do_resize=False)
+        except BaseException:
+            self.state = before
+            raise
+
+    def _drawer(
+        self, messages: list[dict], generate: str | Sequence[str] | None, seed: int | None, **options: Any
+    ) -> Callable[..., Any]:
+        """A function of `callback_on_step_end` that draws the answer to messages, once all of them are checked."""
         pipe, is_continued = self.pipe, self.state is not None
+        if not messages and not is_continued:
+            raise ValueError(
+                "Got a first turn in which nothing is said; need a text, images or messages; say something."
+            )
+        if foreign := [name for name in OF_PIPELINE if name in options]:
+            raise ValueError(
+                f"Got {', '.join(foreign)} in a turn of a conversation; need one answer to what is said; call the "
+                "pipeline itself, with the conversation as `messages`, or say a class as a part of a first message."
+            )
+        if generate is None:
+            generate = pipe.default_modalities or "text"
         if generate == AUTO:
             asked = pipe.processor.apply_chat_template(messages, generate=MODALITIES, is_continued=is_continued)
             [generate] = pipe.model.predict_modalities(**asked.to(pipe.model.device), state=self.state)
         for_processor, for_generate = pipe._stages({"generate": as_modalities(generate)} | options)
+        canvas, most = for_processor.get("max_new_tokens", pipe.processor.max_new_tokens), pipe.processor.longest_text
+        if "text" in for_processor["generate"] and canvas > most:
+            raise ValueError(
+                f"Got max_new_tokens={canvas} for an answer that is to be remembered; need at most the tokenizer's "
+                f"model_max_length = {most}; lower it, or let `write` make the text in blocks."
+            )
         inputs = pipe.processor.apply_chat_template(messages, is_continued=is_continued, **for_processor)
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        return pipe.model.generate(
-            **inputs.to(pipe.model.device),
-            generator=generator,
-            state=self.state,
-            progress_bar=pipe.progress_bar,
-            callback_on_step_end=callback_on_step_end,
-            **for_generate,
+        how = {"generator": torch.Generator().manual_seed(first_seed(seed)), "state": self.state} | for_generate
+        inputs = inputs.to(pipe.model.device)
+        return lambda look=None: pipe.model.generate(
+            **inputs, **how, progress_bar=pipe.progress_bar, callback_on_step_end=look
         )
 
 
@@ -214,3 +294,13 @@ def _as_message(answer: dict) -> dict:
     """An answer as the assistant's message."""
     parts = [{"type": "image", "image": image} for image in answer["images"]]
     return {"role": "assistant", "content": parts + [{"type": "text", "text": one} for one in answer["text"]]}
+
+
+def _as_stops(stop_strings: str | Sequence[str] | None) -> list[str]:
+    stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or []
+    if not isinstance(stops, list | tuple) or not all(isinstance(one, str) and one for one in stops):
+        raise ValueError(
+            f"`stop_strings` is {stop_strings!r:.60}; it must be a string or a list of them, none of them empty, or "
+            "None."
+        )
+    return [*stops]

@@ -1,8 +1,11 @@
 """How a model samples: the options of `generate`, saved with the model as generation_config.json."""
 
+from numbers import Real
+
+import numpy as np
 from transformers import GenerationConfig
 
-from .step_calibration import AUTO_STEPS
+from .step_calibration import AUTO_STEPS, fewest_whole
 
 
 SAMPLING_OPTIONS = (
@@ -36,7 +39,7 @@ class MDMGenerationConfig(GenerationConfig):
             |modality_lag|)` network calls.
         strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
             it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
-            network calls.
+            network calls. It is rounded to whole steps; less than half a step is refused.
         min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
@@ -48,6 +51,7 @@ class MDMGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         # The parent's token-by-token options do not apply and are left out.
+        kwargs = {name: value.item() if isinstance(value, np.generic) else value for name, value in kwargs.items()}
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
         self.step_tolerance = kwargs.pop("step_tolerance", 0.1)
         self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
@@ -75,28 +79,33 @@ class MDMGenerationConfig(GenerationConfig):
         if steps != AUTO_STEPS and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
         allowed = self.step_tolerance
-        if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 < allowed < float("inf"):
+        if not _is_number(allowed) or not 0 < allowed < float("inf"):
             raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.1 is a tenth).")
         for name in ("guidance_scale", "text_guidance_scale"):
             scale = getattr(self, name)
             if name == "text_guidance_scale" and scale is None:
                 continue
-            if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+            if not _is_number(scale) or not 0 <= scale < float("inf"):
                 raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
         heat = self.text_temperature
-        if not isinstance(heat, int | float) or not 0 < heat < float("inf"):
+        if not _is_number(heat) or not 0 < heat < float("inf"):
             raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
-        if not isinstance(lag, int | float) or not -1 <= lag <= 1:
+        if not _is_number(lag) or not -1 <= lag <= 1:
             raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
         strength = self.strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        if not _is_number(strength) or not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
+        if steps != AUTO_STEPS and round(steps * strength) < 1:
+            raise ValueError(
+                f"`strength` is {strength!r} of num_inference_steps = {steps}, less than half a step; raise one of "
+                f"the two, the steps to {fewest_whole(strength)} or more."
+            )
         least = self.min_new_tokens
         if isinstance(least, bool) or not isinstance(least, int) or least < 0:
             raise ValueError(f"`min_new_tokens` is {least!r}; it must be a whole number, 0 or more.")
         tolerance = self.selection_tolerance
         if tolerance is not None:
-            if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1e9:
+            if not _is_number(tolerance) or not 0 <= tolerance < 1e9:
                 raise ValueError(f"`selection_tolerance` is {tolerance!r}; it must be a number, 0 or more, or None.")
             if not self.use_cache:
                 raise ValueError("Got selection_tolerance with use_cache=False; it needs the cache; drop one of them.")
@@ -111,6 +120,10 @@ class MDMGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, *args, **kwargs):
         raise NotImplementedError("A model config holds no generation options of MDM; use MDMGenerationConfig(...).")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def sampling_options(config) -> dict:

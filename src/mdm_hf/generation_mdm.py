@@ -38,7 +38,7 @@ from .input_checks import (
 )
 from .sequence_layout import SequenceLayout
 from .solvers import default_solver, load_solver, solver_for, solver_named
-from .step_calibration import AUTO_STEPS, CALIBRATION_ROWS, MOST_STEPS, fewest_steps, first_rows
+from .step_calibration import AUTO_STEPS, CALIBRATION_ROWS, MOST_STEPS, fewest_steps, fewest_whole, first_rows
 
 
 logger = hf_logging.get_logger(__name__)
@@ -217,6 +217,11 @@ class MDMGenerationMixin:
             ValueError: inputs that do not fit together, no target, a scheduler that cannot drive this model.
         """
         config = self._sampling_config(generation_config, options)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"`callback_on_step_end` is {callback_on_step_end!r:.60}; it must be a function "
+                "f(model, step, timesteps, tensors), or None."
+            )
         if labels is not None:
             raise ValueError("`generate` got `labels`; they are for training. Drop them from the inputs.")
         fixed = image_grid_hw, attention_mask, target_mask
@@ -244,7 +249,7 @@ class MDMGenerationMixin:
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
         if state is not None:
-            check_state(self.config, state, len(input_ids), config.use_cache)
+            check_state(self, state, len(input_ids), config.use_cache)
         view = Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
         if scheduler is None:
             scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
@@ -268,7 +273,7 @@ class MDMGenerationMixin:
                 times = [track.time_after(step + 1) for track in tracks]
                 changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview}) or {}
                 z = replaced_latents(changed, z)
-                z = view.freeze(*frozen_targets(changed, layout.is_target), z_0, z)
+                z = view.freeze(*frozen_targets(changed, layout.is_target, self.config.vocab_size), z_0, z)
         output = self._decode(view, z, *known)
         if selection is not None:
             output = MDMGenerateOutput(**output, **selection.report())
@@ -296,7 +301,8 @@ class MDMGenerationMixin:
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
         solver = how["scheduler"] or self.scheduler
         told = solver if solver is None or isinstance(solver, str) else (type(solver).__name__, dict(solver.config))
-        key = repr((bool(image.any()), bool(text.any()), sampling_options(config), told))
+        kept = layout.in_target_group & (layout.is_patch | layout.is_text) & ~layout.is_target
+        key = repr((bool(image.any()), bool(text.any()), bool(kept.any()), sampling_options(config), told))
         if self.found_steps is None:
             self.found_steps = {}
         if key not in self.found_steps:
@@ -310,7 +316,8 @@ class MDMGenerationMixin:
 
             most = min(MOST_STEPS, self.config.num_train_timesteps)
             targets = [mask[:count] for mask in (image, text) if bool(mask[:count].any())]
-            self.found_steps[key], errors = fewest_steps(draw, targets, config.step_tolerance, most)
+            limits = config.step_tolerance, most, fewest_whole(config.strength)
+            self.found_steps[key], errors = fewest_steps(draw, targets, *limits)
             measured = ", ".join(f"{steps}: {error:.3f}" for steps, error in errors.items())
             logger.info(f"num_inference_steps='auto' is {self.found_steps[key]} here; errors by steps: {measured}.")
         return self.found_steps[key]

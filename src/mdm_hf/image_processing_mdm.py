@@ -133,6 +133,8 @@ class MDMImageProcessorPil(PilBackend):
         for name, side in (("height", height), ("width", width)):
             if side is None:
                 raise ValueError(f"Got a size without {name}; need both sides in pixels: {{'height': h, 'width': w}}.")
+            if side < 1:
+                raise ValueError(f"Got image {name} {side}; need {patch_size} or a multiple of it, whole patches.")
             if side < patch_size or side % patch_size:
                 below = side // patch_size * patch_size
                 nearest = f"{below} or {below + patch_size}" if below > 0 else f"{patch_size}"
@@ -170,8 +172,10 @@ class MDMImageProcessorPil(PilBackend):
             try:
                 if isinstance(source, bytes):
                     return Image.open(BytesIO(source))
-                if source.startswith(("http://", "https://", "data:image/")):
-                    return load_image(source, timeout=30)
+                if source.startswith(("http://", "https://")):
+                    return _fetched(source)
+                if source.startswith("data:image/"):
+                    return load_image(source)
                 return Image.open(source)
             except (UnidentifiedImageError, ValueError, IndexError) as error:  # the last two: a bad data URL
                 raise ValueError(
@@ -180,7 +184,7 @@ class MDMImageProcessorPil(PilBackend):
                 ) from error
             except (OSError, SyntaxError) as error:  # the latter is how Pillow reports a broken PNG
                 is_sent = isinstance(source, bytes) or source.startswith("data:")
-                remedy = "send the whole file" if is_sent else "check the path"
+                remedy = "send the whole file" if is_sent else "check the path or the address"
                 raise ValueError(f"Got image {name}, which cannot be opened ({error}); {remedy}.") from error
             except Image.DecompressionBombError as error:
                 raise ValueError(f"Got image {name}, far over the limit ({error}); give a smaller one.") from error
@@ -191,6 +195,8 @@ class MDMImageProcessorPil(PilBackend):
         max_pixels = max_pixels or self.max_pixels
         if isinstance(image, Image.Image):
             width, height = image.size
+            if not width * height:
+                raise ValueError(f"Got an image of {height}x{width} pixels; need some; give one that holds a picture.")
             if width * height > max_pixels:  # known from the header, before any pixel is decoded
                 raise ValueError(
                     f"Got an image of {height}x{width} = {height * width} pixels; need at most max_pixels = "
@@ -298,18 +304,8 @@ class MDMImageProcessorPil(PilBackend):
         """
         if isinstance(mask, str | bytes | os.PathLike):
             mask = self.fetch_images(mask)
-        if isinstance(mask, Image.Image):
-            array = np.asarray(mask.convert("L")) / 255
-        else:
-            array = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
-            array = array / 255 if array.dtype == np.uint8 and array.max(initial=0) > 1 else array
-        if array.ndim != 2 or array.dtype.kind not in "biuf" or not array.size or not (array >= 0.5).any():
-            raise ValueError(
-                f"Got an image mask of type {type(mask).__name__}, shape {array.shape} that marks nothing, or none of "
-                "two dimensions; need a picture or (height, width) numbers, white or 1 where pixels are to be made."
-            )
         rows, columns = grid
-        marked = array >= 0.5
+        marked = _marked(mask)
         if self.aspect_ratio_buckets:
             marked = _centre_crop(marked[None], rows, columns)[0]
         h, w = marked.shape
@@ -394,6 +390,38 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image[:, top : top + h, left : left + w]
 
 
+def _fetched(url: str) -> Image.Image:
+    try:
+        return load_image(url, timeout=30)
+    except (OSError, ValueError):  # Pillow's
+        raise
+    except Exception as error:  # of the HTTP library that huggingface_hub has, which is not always the same
+        raise ConnectionError(str(error)) from error
+
+
+def _marked(mask: Any) -> np.ndarray:
+    """A picture, array or tensor over a picture -> (height, width) bool, true where it is white or 1."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    elif isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu().to(torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
+    try:
+        array = np.asarray(mask)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0)
+    is_mask = array.ndim == 2 and array.dtype.kind in "biuf" and array.size
+    if is_mask and array.dtype.kind in "iu" and array.max() > 1:
+        array = array / 255
+    if not is_mask or not (array.min() >= 0 and array.max() <= 1) or not (array >= 0.5).any():
+        got = f", from {array.min():g} to {array.max():g}," if is_mask else ""
+        raise ValueError(
+            f"Got an image mask of type {type(mask).__name__}, shape {array.shape}{got} that marks nothing, or none "
+            "of two dimensions; need a picture or (height, width) numbers, 0 to 1 or whole ones to 255, white or 1 "
+            "where pixels are to be made."
+        )
+    return array >= 0.5
+
+
 def _is_unit(image: np.ndarray) -> bool:
     """Whether 1 stands for white, not 255."""
     return image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1
@@ -409,6 +437,7 @@ def _flat(images: Any) -> Iterator[Any]:
 
 def _converted(image: Image.Image, num_channels: int) -> Image.Image:
     """`image` upright and in the mode of `num_channels`; what is transparent shows white."""
+    mode = image.mode
     try:
         if image.mode == MODES[num_channels] and not getattr(image, "is_animated", False) and not image.info:
             image.load()
@@ -421,9 +450,19 @@ def _converted(image: Image.Image, num_channels: int) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if mode in ("F", "I"):  # numbers of any size, which Pillow would clip
+            numbers = np.asarray(image)
+            low, high = numbers.min(), numbers.max()
+            if not (low >= 0 and high < 256):
+                raise ValueError(f"pixels from {low:g} to {high:g}, where 0 to 255 are needed")
         return image.convert(MODES[num_channels])
     except (OSError, SyntaxError) as error:  # how Pillow reports a truncated or broken file
         raise ValueError(f"Got a corrupt image ({error}); give a file that opens without error.") from error
+    except ValueError as error:  # closed, or of a mode without a way to RGB
+        raise ValueError(
+            f"Got an image of mode {mode} that cannot be read ({error}); need one that is open and can become grey "
+            "or RGB; convert it."
+        ) from error
 
 
 def _to_channels_first(image: Image.Image) -> np.ndarray:

@@ -167,7 +167,7 @@ def replaced_latents(changed, z: Tensor) -> Tensor:
     return latents.to(z)
 
 
-def frozen_targets(changed: dict, is_target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def frozen_targets(changed: dict, is_target: Tensor, vocab_size: int) -> tuple[Tensor | None, Tensor | None]:
     """The mask "frozen" and the "input_ids" that `callback_on_step_end` returned: (b, l) each, or None."""
     frozen, input_ids = changed.get("frozen"), changed.get("input_ids")
     for name, value in (("frozen", frozen), ("input_ids", input_ids)):
@@ -182,9 +182,16 @@ def frozen_targets(changed: dict, is_target: Tensor) -> tuple[Tensor | None, Ten
             "`callback_on_step_end` returned 'input_ids' without 'frozen'; return the mask of the text that they "
             "replace, too."
         )
-    return (None if frozen is None else frozen.to(is_target.device).bool()), (
-        None if input_ids is None else input_ids.to(is_target.device).long()
-    )
+    frozen = None if frozen is None else frozen.to(is_target.device).bool()
+    input_ids = None if input_ids is None else input_ids.to(is_target.device).long()
+    if input_ids is not None and bool(frozen.any()):
+        low, high = (int(limit) for limit in input_ids[frozen].aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"`callback_on_step_end` returned 'input_ids' from {low} to {high} where 'frozen' is true; they must "
+                f"lie in [0, vocab_size) = [0, {vocab_size})."
+            )
+    return frozen, input_ids
 
 
 def check_finite(decoded: Tensor, modality: str) -> Tensor:
@@ -215,15 +222,16 @@ def check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
             )
 
 
-def check_state(config: MDMConfig, state: Any, batch: int, use_cache: bool) -> None:
+def check_state(model: Any, state: Any, batch: int, use_cache: bool = True) -> None:
     """Raises ValueError for what is no state of `batch` conversations with this model."""
     if not hasattr(state, "has_image"):
         raise ValueError(
-            f"`state` is of type {type(state).__name__}; it must be what `read_conversation` returned, or None."
+            f"`state` is of type {type(state).__name__}; it must be what `read_conversation` returned, for a "
+            "dialogue also the name of a file that it was saved in, or None."
         )
     if not use_cache:
         raise ValueError("Got use_cache=False and a `state`, which is a cache; leave one of the two out.")
-    state.check(config, batch)
+    state.check(model, batch)
 
 
 def check_known_targets(config: MDMConfig, layout: SequenceLayout, name: str, value: Any) -> None:

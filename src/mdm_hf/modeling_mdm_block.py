@@ -11,6 +11,7 @@ Symbols
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .sequence_layout import ScanPlan, pick
 from .ssd import ssd
 
 
+@dataclass(eq=False)
 class MDMConditionCache:
     """What one block remembers of the prefix: the tail of its convolution input and its SSM state, per direction; of a
     Transformer its keys and values.
@@ -59,10 +61,8 @@ class MDMConditionCache:
 
     def take(self, rows: Tensor) -> "MDMConditionCache":
         """A cache of the `rows` (p,) of this one; a row may be taken many times."""
-        taken = MDMConditionCache()
-        for name, value in vars(self).items():
-            setattr(taken, name, value[rows] if isinstance(value, Tensor) else value)
-        return taken
+        held = vars(self).items()
+        return MDMConditionCache(**{name: v[rows] if isinstance(v, Tensor) else v for name, v in held})
 
     def complete(self, projected: list[Tensor]) -> list[Tensor]:
         """Projections (b, n, c) of the live positions -> (b, m, c) of the whole target group, remembered."""
@@ -78,9 +78,7 @@ class MDMConditionCache:
 
     def stacked_on(self, other: "MDMConditionCache") -> "MDMConditionCache":
         """A cache of the rows of this one, then those of the other one; not of a Transformer."""
-        stacked = MDMConditionCache()
-        stacked.conv, stacked.ssm = torch.cat([self.conv, other.conv]), torch.cat([self.ssm, other.ssm])
-        return stacked
+        return MDMConditionCache(conv=torch.cat([self.conv, other.conv]), ssm=torch.cat([self.ssm, other.ssm]))
 
 
 class MDMRMSNorm(nn.Module):

@@ -8,7 +8,7 @@
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .dialogue import MDMDialogue
 from .generation_configuration_mdm import SAMPLING_OPTIONS
 from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
-from .prompts import CONDITIONS, read_prompts, whole_number
+from .prompts import CONDITIONS, first_seed, read_prompts, whole_number
 from .solvers import solver_named
 
 
@@ -127,6 +127,11 @@ class MDMPipeline(Pipeline):
         """
         self.model.load_adapter(str(peft_model_id), **kwargs)
 
+    @property
+    def default_modalities(self) -> str | Sequence[str] | None:
+        """What it was told to generate when it was made; None if nothing."""
+        return self._preprocess_params.get("generate")
+
     def set_progress_bar_config(self, disable: bool = False):
         """Shows or hides the progress bar over the network calls."""
         self.progress_bar = not disable
@@ -181,10 +186,10 @@ class MDMPipeline(Pipeline):
             ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
         """
         size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
-        stages = self._stages(options, canvas)
+        stages = self._stages(options)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
-        prompts = read_prompts(num_return_sequences, **conditions)
-        results = self._results(prompts, size, _first_seed(seed), *stages, callback_on_step_end)
+        prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
+        results = self._results(prompts, size, first_seed(seed), *stages, callback_on_step_end)
         return list(results) if isinstance(prompts, list) else results
 
     def stream(
@@ -216,9 +221,9 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: as a call; prompts that are neither values nor lists.
         """
-        for_processor, for_generate = self._stages(options, canvas)
+        for_processor, for_generate = self._stages(options)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
-        prompts = read_prompts(num_return_sequences, **conditions)
+        prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
         if not isinstance(prompts, list):
             raise ValueError(
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
@@ -229,7 +234,7 @@ class MDMPipeline(Pipeline):
                 "Got generate='auto' for a stream, whose samples are drawn in one batch; need the same of all; ask "
                 "`predict_modalities` first, or call the pipeline itself."
             )
-        first = _first_seed(seed)
+        first = first_seed(seed)
         return self.watched(
             lambda look: self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}),
             callback_on_step_end,
@@ -307,22 +312,25 @@ class MDMPipeline(Pipeline):
             ValueError: conditions or choices that do not fit together.
         """
         prompts = list(read_prompts(1, text=text, images=images, class_ids=class_ids, messages=messages))
+        if not isinstance(choices, list | tuple):
+            raise ValueError(
+                f"Got choices of type {type(choices).__name__}; need a list of answers to the prompt, or a list of "
+                "such lists, one a prompt."
+            )
         if len(prompts) == 1 and not (choices and isinstance(choices[0], list | tuple)):
             choices = [choices]
         asked = []
         for prompt in prompts:
+            if prompt.get("canvas") is not None:
+                raise ValueError(
+                    "Got a prompt with a canvas to score answers to; need the answers as `choices`; leave it out."
+                )
             conditions = (prompt[name] for name in CONDITIONS[:3])
             asked.append(prompt["messages"] or self.processor.as_messages(*conditions))
         return score_choices(self.model, self.processor, asked, choices, num_samples, seed, batch_size, max_new_tokens)
 
-    def _stages(self, options: dict, canvas=None) -> tuple[dict, dict]:
+    def _stages(self, options: dict) -> tuple[dict, dict]:
         """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
-        if canvas is not None and options.get("generate") is not None:
-            raise ValueError(
-                f"Got generate={options['generate']!r} and a canvas, whose parts say what is made; need one of the "
-                'two; leave `generate` out, and put {"type": "image"} or {"type": "text"} into the canvas for a part '
-                "that is all to be made."
-            )
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
         for_processor = self._preprocess_params | for_processor
         generate = for_processor.get("generate", MODALITIES)
@@ -392,8 +400,13 @@ class MDMPipeline(Pipeline):
         messages = prompt["messages"]
         if messages is None:
             messages = self.processor.as_messages(*(prompt[name] for name in CONDITIONS[:3]))
-        content = [canvas] if isinstance(canvas, dict) else list(canvas)
-        return {"messages": [*messages, {"role": "assistant", "content": content}]}
+        content = [canvas] if isinstance(canvas, dict) else canvas
+        if not isinstance(content, list | tuple) or not all(isinstance(part, dict) for part in content):
+            raise ValueError(
+                f"Got the canvas {canvas!r:.60}; need a part of a message or a list of them; a picture to start from "
+                'is {"type": "image", "image": picture}.'
+            )
+        return {"messages": [*messages, {"role": "assistant", "content": [*content]}]}
 
     def _forward(self, inputs, **options):
         return self.model.generate(**inputs, **options)
@@ -414,10 +427,6 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
-
-
-def _first_seed(seed: int | None) -> int:
-    return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
 
 
 def _shown(draw: Callable[[Callable], None]) -> Iterator:

@@ -20,7 +20,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
-from .conversations import MODALITIES, ConversationReader, Prompt, as_columns, as_modalities
+from .conversations import MODALITIES, NO_CLASS, ConversationReader, Prompt, as_columns, as_modalities
 from .processing_options import MDMProcessorKwargs, options_of, positive
 from .token_rows import CONTROL_TOKENS, continues, expand_placeholders, pad_rows, target_texts
 
@@ -135,6 +135,11 @@ class MDMProcessor(ProcessorMixin):
     def patch_size(self) -> int:
         """That of the image processor."""
         return self.image_processor.patch_size
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens of a text that is not a target."""
+        return self.tokenizer.model_max_length
 
     @property
     def model_input_names(self) -> list[str]:
@@ -254,7 +259,7 @@ class MDMProcessor(ProcessorMixin):
         inputs = self._encode(prompts, modalities, *sizes, *row_options, template, variables)
         return inputs if return_dict else inputs["input_ids"]
 
-    def as_history(self, messages: list[dict], is_continued: bool = False) -> BatchFeature:
+    def as_history(self, messages: list[dict], is_continued: bool = False, **image_options: Any) -> BatchFeature:
         """A conversation as conditions alone, its last answer too.
 
         What comes out are inputs of [`~MDMForMultiModalGeneration.read_conversation`].
@@ -262,14 +267,15 @@ class MDMProcessor(ProcessorMixin):
         Args:
             messages: One conversation, or a stretch of it.
             is_continued: Whether something of it was read before.
+            image_options: As when the processor is called.
 
         Raises:
             ValueError: messages that do not fit together, or without any part.
         """
-        if not any(message.get("content") for message in messages):
-            raise ValueError("Got messages without a part; need at least one to remember; leave them out.")
         prompts = [self._reader.read([*messages, {"role": "user", "content": []}])]
-        options = options_of(self, {"return_tensors": "pt"})
+        if prompts[0].class_id == NO_CLASS and not any(message["content"] for message in prompts[0].messages):
+            raise ValueError("Got messages without a part; need at least one to remember; leave them out.")
+        options = options_of(self, {"return_tensors": "pt"} | image_options)
         inputs = self._encode(prompts, (), None, None, *options, None, {"is_continued": is_continued}, False)
         for name in ("target_mask", "labels"):
             inputs.pop(name, None)
@@ -317,6 +323,11 @@ class MDMProcessor(ProcessorMixin):
         needs_targets: bool = True,
     ) -> BatchFeature:
         canvas = self.max_new_tokens if max_new_tokens is None else positive("max_new_tokens", max_new_tokens)
+        if (variables or {}).get("is_continued") and any(prompt.class_id != NO_CLASS for prompt in prompts):
+            raise ValueError(
+                "Got a class in a conversation that goes on; need it in the first turn, whose class token it is; say "
+                "it there, or begin another conversation."
+            )
         target_grid = self._grid(image_size)
         rendered = self._render(prompts, generate, template or self._template(), variables or {})
         # `expand_placeholders` refuses what is too long; the tokenizer's own warning would only foretell it.
@@ -326,7 +337,7 @@ class MDMProcessor(ProcessorMixin):
         known = self._known_images(prompts, image_options, image_size)
         known_grids = np.asarray(known.pop("image_grid_hw", [])).tolist()
         patch_masks, known_images = self._patch_masks(prompts, known_grids), iter(known_grids)
-        limits = canvas, self.tokenizer.model_max_length
+        limits = canvas, self.longest_text
         rows = []
         of_rows = tokenized["input_ids"], tokenized["offset_mapping"]
         for prompt, text, ids, offsets in zip(prompts, rendered, *of_rows, strict=True):
@@ -416,6 +427,11 @@ class MDMProcessor(ProcessorMixin):
             height, width = (operator.index(side) for side in image_size)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Got image_size {image_size}; need (height, width), whole numbers of pixels.") from error
+        if height * width > self.image_processor.max_pixels:
+            raise ValueError(
+                f"Got image_size {height}x{width} = {height * width} pixels; need at most max_pixels = "
+                f"{self.image_processor.max_pixels}; ask for less, or raise the image processor's max_pixels."
+            )
         return list(self.image_processor.grid_of(height, width))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

@@ -1,5 +1,6 @@
 """Options of a call of the processor, by name or in transformers' groups, and those that a row has no room for."""
 
+import operator
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -88,6 +89,10 @@ def check_option(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"Got {name} {value!r}; need a whole number of at least 1.")
-    return value
+    return number

@@ -12,10 +12,11 @@ import torch
 CONDITIONS = ("text", "images", "class_ids", "messages", "canvas")
 
 
-def read_prompts(repeats: int, **columns) -> list[dict] | Iterator[dict]:
+def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | Iterator[dict]:
     """Every prompt `repeats` times; an iterator where they are to be read one by one.
 
     Args:
+        generate: What is to be made of all, if that was said.
         columns: One value, a batch of them, or something to iterate, for each of `CONDITIONS`.
 
     Raises:
@@ -29,7 +30,7 @@ def read_prompts(repeats: int, **columns) -> list[dict] | Iterator[dict]:
     lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
-    prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many)
+    prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many, generate)
     repeated = (prompt for prompt in prompts for _ in range(repeats))
     if any(_is_lazy(value) for value in many.values()):
         return repeated
@@ -45,8 +46,14 @@ def whole_number(name: str, value, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if not least <= number < 2**63:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more.")
+        upper = "" if number < 2**63 else " and below 2**63"
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more{upper}.")
     return number
+
+
+def first_seed(seed: int | None) -> int:
+    """`seed`, or one at random for None. Raises ValueError for what is no seed."""
+    return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
 
 
 def _is_list_of(field: str, value) -> bool:
@@ -65,10 +72,10 @@ def _is_lazy(value) -> bool:
     return not is_there and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 
-def _zipped(fixed: dict, many: dict[str, Any]) -> Iterator[dict]:
+def _zipped(fixed: dict, many: dict[str, Any], generate: Any) -> Iterator[dict]:
     """Prompts of one value from each of `many` and all that is `fixed`."""
     if not many:
-        yield _prompt(fixed)
+        yield _prompt(fixed, generate)
         return
     # The data sets of PyTorch have a length, and no end that iteration would see.
     columns = [v if hasattr(v, "__iter__") else (v[i] for i in range(len(v))) for v in many.values()]
@@ -76,10 +83,10 @@ def _zipped(fixed: dict, many: dict[str, Any]) -> Iterator[dict]:
     for row in zip_longest(*columns, fillvalue=end):
         if ended := [name for name, value in zip(many, row, strict=True) if value is end]:
             raise ValueError(f"`{ended[0]}` ended before the other conditions; need as many of one as of the others.")
-        yield _prompt(fixed | dict(zip(many, row, strict=True)))
+        yield _prompt(fixed | dict(zip(many, row, strict=True)), generate)
 
 
-def _prompt(prompt: dict) -> dict:
+def _prompt(prompt: dict, generate: Any) -> dict:
     """One prompt, whose `text` may be a whole one."""
     text = prompt["text"]
     if isinstance(text, list | tuple):
@@ -91,6 +98,12 @@ def _prompt(prompt: dict) -> dict:
                 "drop the others, or pass one column as text=, images=, class_ids=, messages= or canvas=."
             )
         prompt = prompt | {"text": None} | text
+    if prompt.get("canvas") is not None and generate is not None:
+        raise ValueError(
+            f"Got generate={generate!r} and a canvas, whose parts say what is made; need one of the two; leave "
+            '`generate` out, and put {"type": "image"} or {"type": "text"} into the canvas for a part that is all to '
+            "be made."
+        )
     if prompt["messages"] is not None and any(prompt[name] is not None for name in CONDITIONS[:3]):
         raise ValueError(
             "Got `messages` together with `text`, `images` or `class_ids`; put the conditions into the messages as "

@@ -37,16 +37,20 @@ def solver_named(name: str, config: MDMConfig):
         ValueError: diffusers has no scheduler of that name, or one that cannot be made from betas.
     """
     kind: Any = getattr(diffusers, name, None)
-    is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    is_scheduler = (
+        isinstance(kind, type)
+        and issubclass(kind, diffusers.SchedulerMixin)
+        and issubclass(kind, diffusers.ConfigMixin)
+    )
     if not is_scheduler:
         raise ValueError(
             f"`scheduler` is {name!r}, which names no scheduler of diffusers {diffusers.__version__}; {USABLE_SOLVERS}"
         )
     try:
         return kind.from_config(default_solver(config).config)
-    except TypeError as error:  # one for other things than noise on numbers, with arguments of its own
+    except Exception as error:  # one for other noise than ours; each says so in its own way
         raise ValueError(
-            f"`scheduler` is {name!r}, which needs more than betas ({error}); {USABLE_SOLVERS}"
+            f"`scheduler` is {name!r}, which cannot be made from the model's betas ({error}); {USABLE_SOLVERS}"
         ) from error
 
 
@@ -60,6 +64,11 @@ def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_b
         ValueError: a scheduler that cannot drive MDM, with what to use instead.
     """
     kind = type(scheduler).__name__
+    if isinstance(scheduler, type):
+        raise ValueError(
+            f"`scheduler` is the class {scheduler.__name__}; it must be one of its objects, or its name; pass "
+            f"scheduler={scheduler.__name__!r}."
+        )
     if "prediction_type" not in getattr(scheduler, "config", {}):
         raise ValueError(
             f"`scheduler` ({kind}) has no `prediction_type`; it must be a diffusers scheduler that can be told to "

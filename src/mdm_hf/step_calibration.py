@@ -2,10 +2,11 @@
 
 The solver follows a differential equation from noise to sample, so with the same noise more steps come ever closer to
 one sample. A few of the caller's own rows are drawn with each number of steps in turn; what a number costs is seen in
-the latents, where image and text are of one kind: their distance from those of the most steps, over their own spread,
+the latents, where image and text are of one kind: their distance from those of the most steps, over the size of those,
 the worse of the two.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,25 +22,36 @@ CALIBRATION_ROWS = 8
 
 
 def fewest_steps(
-    draw: Callable[[int], Tensor], targets: Sequence[Tensor], tolerance: float, most: int = MOST_STEPS
+    draw: Callable[[int], Tensor],
+    targets: Sequence[Tensor],
+    tolerance: float,
+    most: int = MOST_STEPS,
+    least: int = 1,
 ) -> tuple[int, dict[int, float]]:
     """The first of `CANDIDATES` whose error is within `tolerance`, or `most`; and the errors that were measured.
 
     Args:
         draw: Number of steps -> latents (b, l, d), always from the same noise.
         targets: Masks (b, l) of the targets, one a modality.
-        tolerance: Of the error, as a share of the latents' spread.
-        most: The number of steps that the others are held against.
+        tolerance: Of the error, as a share of the latents' size, root mean square.
+        most, least: The number of steps that the others are held against, and the first that can be drawn with.
     """
     reference, errors = draw(most).double(), {}
     for steps in CANDIDATES:
         if steps >= most:
             break
+        if steps < least:
+            continue
         away = draw(steps).double() - reference
-        errors[steps] = max(_size(away[mask]) / _size(reference[mask] - reference[mask].mean(0)) for mask in targets)
+        errors[steps] = max(_size(away[mask]) / _size(reference[mask]) for mask in targets)
         if errors[steps] <= tolerance:
             return steps, errors
     return most, errors
+
+
+def fewest_whole(strength: float) -> int:
+    """The fewest steps of which a share of `strength` rounds to one or more."""
+    return math.floor(0.5 / strength) + 1
 
 
 def _size(values: Tensor) -> float:
