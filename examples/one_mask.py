@@ -1,12 +1,16 @@
-"""All that one model does with one mask, each in one call: drawn, described, asked, filled in, widened, ranked.
+"""All that one model does with one mask, each in one call: drawn, described, asked, filled in, widened, ranked,
+remembered in a file, written on and on.
 
 python examples/one_mask.py [--model model_cards/mdm-digits] [--output one_mask.png]
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers import TextStreamer
 
 from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.pictures import picture_grid
@@ -37,6 +41,18 @@ wide = Image.new("L", (16, 8))
 wide.paste(three, (0, 0))
 beside = np.arange(16)[None].repeat(8, 0) >= 8
 
+
+def keep_left_half(model, step, timesteps, state) -> dict | None:
+    """A callback: after the sixth network call the left half of the picture is frozen, and the rest follows it."""
+    if step != 5:
+        return None
+    frozen = state["decode"]().sequences * 0
+    patches = inputs["target_mask"][0].nonzero().flatten().view(4, 4)
+    frozen[0, patches[:, :2].flatten()] = 1
+    return {"frozen": frozen}
+
+
+inputs = pipe.processor(class_ids=8, generate="image")
 pictures = {
     "from a description": three,
     "from a class": picture(class_ids=7, generate="image"),
@@ -50,6 +66,7 @@ pictures = {
     "another solver": picture(class_ids=5, generate="image", scheduler="UniPCMultistepScheduler"),
     "as few steps as will do": picture(class_ids=5, generate="image", num_inference_steps="auto"),
     "token selection": picture(class_ids=5, generate="image", selection_tolerance=0.5),
+    "frozen half way": picture(class_ids=8, generate="image", callback_on_step_end=keep_left_half),
 }
 both = pipe(generate=("image", "text"), seed=0)[0]
 pictures[f"both at once: {both['text'][0]}"] = both["images"][0]
@@ -61,11 +78,17 @@ texts = {
         images=three, canvas={"type": "text", "text": "a handwritten three", "mask": [(2, 13)]}
     ),
     "conversation": chat(text="which digit is this?", images=three, seed=0)["text"][0],
-    "and on": chat(text="is this a seven?", seed=0)["text"][0],
-    "a text of any length": pipe.chat().write(text="a handwritten three", max_new_tokens=16, seed=0),
-    "likeliest of three captions": scores.choices[scores.best],
+    "likeliest of three captions": f"{scores.choices[scores.best]}, by %.1f ± %.1f nats" % scores.margin(0, 1),
 }
+with tempfile.TemporaryDirectory() as folder:
+    chat.save(Path(folder) / "chat.safetensors")
+    again = pipe.chat(Path(folder) / "chat.safetensors")
+    texts["and on, from a file"] = again(text="is this a seven?", seed=0)["text"][0]
 for name, text in texts.items():
     print(f"{name:32s} {text}")
+print("a text of any length, streamed   ", end="")
+streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True)
+long = {"min_new_tokens": 24, "max_new_tokens": 64, "block_size": 8, "stop_strings": ["eight"]}
+pipe.chat().write(text="a handwritten three", **long, streamer=streamer, seed=0)
 picture_grid([(image, name) for name, image in pictures.items()], columns=6, caption_lines=2).save(options.output)
 print(f"Wrote {options.output}.")
