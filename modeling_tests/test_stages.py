@@ -120,6 +120,16 @@ def test_resuming_leaves_finished_stages_alone_and_goes_on_where_more_steps_are_
     assert any(not torch.equal(before[k], v) for k, v in after.items())
 
 
+def test_what_an_earlier_stage_made_does_not_pass_for_the_last_stages_model(pictures, tmp_path):
+    root = tmp_path / "run"
+    run_recipe(recipe(pictures, root, "stages.diffusion="))
+    with pytest.raises(ValueError, match="final, which is not of stage diffusion, .*; move it away to resume"):
+        run_recipe(recipe(pictures, root), resume=True)
+    (root / "final").rename(root / "of-vae")
+    run_recipe(recipe(pictures, root), resume=True)
+    assert (root / "diffusion" / "checkpoint-3").is_dir()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
