@@ -404,6 +404,12 @@ def test_an_examples_picture_that_a_push_would_leave_behind_is_refused(folder, p
         draw_examples(folder, [{"image": picture}])
 
 
+def test_an_examples_picture_that_is_a_bomb_is_refused(folder) -> None:
+    Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
+    with pytest.raises(ValueError, match="bomb.png, which Pillow cannot read .*900000000 pixels.*; need a whole"):
+        draw_examples(folder, [{"image": "bomb.png"}])
+
+
 def test_a_card_that_is_refused_draws_nothing(folder, capsys) -> None:
     (folder / "README.md").write_text("mine")
     for name in ("examples.json", "scores.json"):
