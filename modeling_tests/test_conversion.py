@@ -4,6 +4,7 @@ and a checkpoint that is damaged or hostile is refused in words, runs nothing, a
 import json
 import os
 import pickle
+import re
 import string
 import zipfile
 from argparse import Namespace
@@ -410,6 +411,68 @@ def test_an_autoencoder_goes_in_and_comes_out_with_every_bit(tmp_path, class_nam
     assert equal(load_file(tmp_path / "vae" / name), load_file(tmp_path / "out" / name))
     theirs, back = (json.loads((tmp_path / at / "config.json").read_text()) for at in ("vae", "out"))
     assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in back.items() if k[0] != "_"}
+
+
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def like(tmp_path) -> str:
+    """A model that an autoencoder of 4 latent channels may go into."""
+    tiny_model(vae_config=tiny_config().vae_config.to_dict() | {"num_channels": 4}).save_pretrained(tmp_path / "like")
+    return str(tmp_path / "like")
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "VQModel"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.pop("decoder.conv_in.bias"),
+            r"vae without the weights decoder\.conv_in\.bias; need those of",
+        ),
+        (lambda w: w.update(mystery=torch.ones(1)), r"vae with weights of unknown names: mystery; need those of its"),
+        (lambda w: w["decoder.conv_in.bias"].fill_(float("nan")), r"not finite in decoder\.conv_in\.bias; need those"),
+        (lambda w: w["decoder.conv_in.bias"][:1].fill_(float("inf")), r"not finite in decoder\.conv_in\.bias; need"),
+        (lambda w: w.update({"decoder.conv_in.bias": torch.ones(3)}), r"of which no .* can be loaded .*shape"),
+    ],
+)
+def test_an_autoencoder_whose_weights_are_not_whole_is_refused(tmp_path, like, class_name, change, message) -> None:
+    save_autoencoder(tmp_path / "vae", class_name)
+    weights = load_file(tmp_path / "vae" / VAE_WEIGHTS)
+    change(weights)
+    save_file(weights, tmp_path / "vae" / VAE_WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "vae", tmp_path / "ours", like=like)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "vae"]
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "VQModel"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"scaling_factor": "text"},
+            "scaling_factor 'text'; it must be a finite number above 0; take the config.json",
+        ),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan; it must be a finite number above 0"),
+        ({"scaling_factor": 0}, "scaling_factor 0; it must be a finite number above 0"),
+        ({"scaling_factor": -0.5}, "scaling_factor -0.5; it must be a finite number above 0"),
+        ({"scaling_factor": True}, "scaling_factor True; it must be a finite number above 0"),
+        ({"scaling_factor": None}, "a config without scaling_factor"),
+        ({"latent_channels": "4"}, "latent_channels '4'; it must be a whole number, 1 or more"),
+        ({"norm_num_groups": 0}, "of whose config no .* can be built .ZeroDivisionError"),
+    ],
+)
+def test_an_autoencoder_with_a_setting_that_cannot_be_is_refused(
+    tmp_path, like, class_name, setting, message, capsys
+) -> None:
+    save_autoencoder(tmp_path / "vae", class_name)
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | setting))
+    assert main(["convert", str(tmp_path / "vae"), "--to", str(tmp_path / "ours"), "--like", like]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "vae"]
 
 
 def texts() -> list[str]:
