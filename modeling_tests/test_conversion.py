@@ -666,6 +666,16 @@ def test_two_files_that_could_be_meant_are_refused(tmp_path) -> None:
         ({"use_bias": True}, "use_bias True; a block of MDM computes with False"),
         ({"use_conv_bias": False}, "use_conv_bias False"),
         ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit \[0.001, 0.1\]"),
+        ({"time_step_limit": "text"}, r"time_step_limit 'text'; a block of MDM computes with \[0.0, inf\]"),
+        ({"time_step_limit": [0.0, 1.0, 2.0]}, r"time_step_limit \[0.0, 1.0, 2.0\]; a block"),
+        ({"time_step_limit": [float("nan"), float("inf")]}, r"time_step_limit \[nan, inf\]; a block"),
+        ({"time_step_limit": [1.0, 0.5]}, r"time_step_limit \[1.0, 0.5\]; a block"),
+        (
+            {"time_step_limit": [0.0, {"__float__": "x"}]},
+            r"time_step_limit \[0.0, {'__float__': 'x'}\]; a block",
+        ),
+        ({"time_step_limit": [0.0, {"__float__": None}]}, r"time_step_limit \[0.0, {'__float__': None}\]; a block"),
+        ({"n_groups": {"__float__": []}}, r"n_groups {'__float__': \[\]}; a block of MDM computes with 1"),
         (
             {"layer_norm_epsilon": 1e-6},
             "layer_norm_epsilon 1e-06; a block of MDM computes with 1e-05.*or a model with",

@@ -96,8 +96,8 @@ def read_mamba2(path: Path, rms_norm_eps: float = 1e-5) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as Python has it: transformers writes infinity as {"__float__": "Infinity"}."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
+    """A setting as Python has it: transformers writes infinity as {"__float__": "Infinity"}. What is neither stays."""
+    if isinstance(value, dict) and value.get("__float__") in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
