@@ -516,9 +516,31 @@ def test_bfloat16_rounds_what_may_be_rounded_and_keeps_the_rest(tmp_path) -> Non
         in_float = name.endswith(("A_log", "dt_bias", ".D"))
         assert value.dtype == (torch.float32 if in_float else torch.bfloat16), name
         assert torch.equal(value, whole[name].to(value.dtype)), name
-    assert {"README.md", "tokenizer.json", "card.yaml", "demo.png"} <= {p.name for p in (tmp_path / "half").iterdir()}
+    assert {"tokenizer.json", "card.yaml", "demo.png"} <= {p.name for p in (tmp_path / "half").iterdir()}
     made = MDMPipeline.from_pretrained(tmp_path / "half")(text="a three", num_inference_steps=2, seed=0)
     assert made[0]["images"]
+
+
+MEASURED = {"README.md", "examples", "examples.json", "scores.json"}
+
+
+def test_a_copy_in_another_dtype_claims_nothing_that_the_other_weights_were_measured_to_do(tmp_path, capsys) -> None:
+    half = tmp_path / "half"
+    assert main(["convert", str(DIGITS), "--to", str(half), "--dtype", "bfloat16"]) == 0
+    assert not MEASURED & {path.name for path in half.iterdir()}
+    said = capsys.readouterr().out
+    assert "left out README.md, examples, examples.json, scores.json" in said
+    assert "which tell of the other weights: `mdm card` tells of these" in said
+    assert main(["card", str(half)]) == 0
+    text = (half / "README.md").read_text()
+    assert "## Scores" not in text
+    assert "## What it makes" in text
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "500KB"}, {"dtype": "float32"}])
+def test_a_copy_of_the_same_weights_keeps_their_card(tmp_path, options) -> None:
+    assert "left out" not in convert(DIGITS, tmp_path / "copy", **options)
+    assert {path.name for path in (tmp_path / "copy").iterdir()} >= MEASURED
 
 
 def test_shards_hold_the_same_bits_and_become_one_file_again(tmp_path) -> None:

@@ -27,6 +27,7 @@ from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..pixel_autoencoder import CLASSES
 from ..processing_mdm import MDMProcessor
+from ..publishing.card import is_of_weights
 from ..solvers import load_solver
 from .files import PICKLES, check_apart, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
@@ -98,7 +99,8 @@ def convert(
     elif goes != "mdm":
         raise ValueError(f"Got {done}, for which there is no conversion; need one end of it to be a model of ours.")
     elif came == "mdm":
-        _rewrite(source, target, dtype, max_shard_size, overwrite)
+        if left := _rewrite(source, target, dtype, max_shard_size, overwrite):
+            done += f"; left out {', '.join(left)}, which tell of the other weights: `mdm card` tells of these"
     else:
         model = _read(source, came, like, use, seed)
         if like is not None and Path(like).is_dir():
@@ -207,22 +209,29 @@ def _cast(model: MDMForMultiModalGeneration, dtype: str) -> MDMForMultiModalGene
     return model
 
 
-def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> None:
-    """A folder of ours in another dtype or in other files; what else it holds comes along."""
+def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> list[str]:
+    """A folder of ours in another dtype or in other files; what else it holds comes along, but for what tells of
+    weights that these no longer are, whose names are returned."""
     saved = read_model(source)
+    before = [weight.dtype for weight in saved.state_dict().values()]
     if dtype is not None:
         saved = _cast(saved, dtype)
+    is_other = before != [weight.dtype for weight in saved.state_dict().values()]
     if (processor := _processor(str(source))) is not None:
         saved = MDMPipeline(saved, processor, device="cpu")
+    left = []
     with new_folder(target, overwrite) as folder:
         saved.save_pretrained(folder, max_shard_size=max_shard_size)
-        for path in source.iterdir():
+        for path in sorted(source.iterdir()):
             is_weights = (path.name.endswith(WEIGHTS) and path.name != STATE) or re.fullmatch(
                 r"__pycache__|\..*", path.name
             )
             if is_weights or (folder / path.name).exists():
                 continue
-            if path.is_dir():
+            if is_other and is_of_weights(path):
+                left.append(path.name)
+            elif path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
                 shutil.copy(path, folder)
+    return left

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
-from .examples import checkpoint_hash, drawn_examples
+from .examples import EXAMPLES, FOLDER, checkpoint_hash, drawn_examples
 
 
 CARD, NOTES_FILE, SPEED = "README.md", "card.yaml", "speed.json"
@@ -156,6 +156,12 @@ def check_readme(folder: Path, overwrite: bool = False) -> Path:
 def is_generated(path: Path) -> bool:
     """Whether a README.md is one of ours."""
     return MADE_BY in path.read_text(encoding="utf-8")
+
+
+def is_of_weights(path: Path) -> bool:
+    """Whether a file or folder beside a model's weights tells what these were measured to do, or made: true of no
+    others, not even of the same in another dtype."""
+    return path.name in (CARD, SPEED, EXAMPLES, FOLDER) or path.match("*scores*.json")
 
 
 def card_of(folder: Path, repo_id: str | None = None) -> str:
