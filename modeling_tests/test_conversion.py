@@ -2,6 +2,7 @@
 and a checkpoint that is damaged or hostile is refused in words, runs nothing, and leaves nothing half-written."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -869,6 +870,17 @@ def test_an_average_of_part_of_the_weights_says_how_to_do_without(model, tmp_pat
     with pytest.raises(ValueError, match="with an average that lacks .*; --use model takes the weights"):
         convert(tmp_path / "step.pt", tmp_path / "out")
     convert(tmp_path / "step.pt", tmp_path / "out", use="model")
+
+
+def test_a_folder_without_a_generation_config_that_notes_none_is_read_with_a_warning(folder, tmp_path, caplog) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["saved_with"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "generation_config.json").unlink()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    convert(folder, tmp_path / "out.pt")
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "without generation_config.json; sampling as MDMGenerationConfig's defaults say" in caplog.text
 
 
 def test_a_config_that_is_no_mapping_is_refused(folder, tmp_path) -> None:

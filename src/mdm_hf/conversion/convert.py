@@ -22,14 +22,13 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
-from ..generation_configuration_mdm import MDMGenerationConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..pixel_autoencoder import CLASSES
 from ..processing_mdm import MDMProcessor
+from ..prompts import whole_number
 from ..publishing.card import is_of_weights
-from ..solvers import load_solver
-from .files import PICKLES, check_apart, new_file, new_folder, read_pickle
+from .files import PICKLES, check_apart, check_shard_size, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
 from .sentencepiece_model import from_sentencepiece, to_sentencepiece
 from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
@@ -63,6 +62,8 @@ def convert(
             there before.
         OSError: what cannot be read or written.
     """
+    whole_number("seed", seed, least=0)
+    check_shard_size(max_shard_size)
     came = kind_of(source)
     check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
     by_name = {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}
@@ -104,8 +105,7 @@ def convert(
     else:
         model = _read(source, came, like, use, seed)
         if like is not None and Path(like).is_dir():
-            model.generation_config = MDMGenerationConfig.from_pretrained(like)
-            model.scheduler = load_solver(like)
+            model.adjust_generation_fn(None, False, False, like)
         if dtype is not None:
             model = _cast(model, dtype)
         processor = _processor(like)

@@ -186,6 +186,19 @@ def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
     return whole
 
 
+def check_shard_size(given: str | int) -> None:
+    """Refuses what is no size of a file, "2GB" or a number of bytes, before anything is read or made for it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", str(given).strip(), re.IGNORECASE)
+    if not (float(size[1]) > 0 if size else type(given) is int and given > 0):
+        raise ValueError(
+            f"Got --max-shard-size {given!r}; need a number above 0 with KB, MB, GB or TB, such as 2GB; give that."
+        )
+
+
 def check_apart(target: Path, *others: Path) -> None:
     """Refuses a target that is one of `others`, or that one of them, or the current folder, lies in.
 

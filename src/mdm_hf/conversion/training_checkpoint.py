@@ -24,10 +24,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..checkpoints import RENAMED_WEIGHTS
-from ..configuration_mdm import MDMConfig
-from ..generation_configuration_mdm import MDMGenerationConfig
+from ..configuration_mdm import MDMConfig, why_refused
 from ..modeling_mdm import MDMForMultiModalGeneration
-from ..solvers import load_solver
 from ..training.assembly import freeze
 from .files import read_folder, read_pickle, read_safetensors, tensors_of
 from .keys import KeyTable, check_weights, some
@@ -135,14 +133,13 @@ def read_model(folder: Path) -> MDMForMultiModalGeneration:
     """The model of a folder of ours, each weight in the dtype that it has there.
 
     Raises:
-        ValueError: weights that are not whole, or not those of the config.
+        ValueError: weights that are not whole, or not those of the config; a file that it was saved with is missing.
     """
     weights = read_folder(folder)
     for old, new in RENAMED_WEIGHTS.items():
         weights = {re.sub(old, new, name): value for name, value in weights.items()}
     model = assembled(weights, MDMConfig.from_pretrained(folder))
-    model.generation_config = MDMGenerationConfig.from_pretrained(folder)
-    model.scheduler = load_solver(folder)
+    model.adjust_generation_fn(None, False, False, folder)  # how it samples, as `from_pretrained` reads it
     return model
 
 
@@ -195,4 +192,6 @@ def _config(fields: dict, path: Path) -> MDMConfig:
     try:
         return MDMConfig(**known)
     except Exception as error:  # transformers' strict dataclasses raise classes of their own
-        raise ValueError(f"Got {path} with a config that is refused ({error}); need fields of MDMConfig.") from error
+        raise ValueError(
+            f"Got {path} with a config that is refused ({why_refused(error)}); need fields of MDMConfig."
+        ) from error

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoints import AGAIN
 from ..configuration_mdm import MDMConfig
+from ..conversion.files import check_shard_size
 from ..conversion.training_checkpoint import read_model
 from ..pipeline_mdm import MDMPipeline
 from .card import CARD, NOTES_FILE, SPEED, card_of, check_card, is_generated, read_notes
@@ -41,13 +42,15 @@ def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[
     Args:
         folder: A trained model with its processor; or config.json alone, of a model that is untrained.
         repo_id: Named in the code that the card shows.
+        max_shard_size: Of a file of weights.
 
     Raises:
-        ValueError: a model that does not load, a card that the Hub would refuse.
+        ValueError: a model that does not load, a size that is none, a card that the Hub would refuse.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
     check_names(repo_id)
+    check_shard_size(max_shard_size)
     with TemporaryDirectory(prefix="mdm-push-") as name:
         target = Path(name)
         if checkpoint_hash(folder) is None:
