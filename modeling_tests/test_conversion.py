@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import string
 import zipfile
 from argparse import Namespace
@@ -22,7 +23,7 @@ from tiny import model_with, save_autoencoder, tiny_config, tiny_model
 from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
-from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf import MDMForMultiModalGeneration, MDMImageProcessorPil, MDMPipeline, MDMProcessor
 from mdm_hf.cli import main
 from mdm_hf.conversion.build_tokenizer import digits_corpus
 from mdm_hf.conversion.convert import convert
@@ -412,6 +413,50 @@ def test_an_autoencoder_goes_in_and_comes_out_with_every_bit(tmp_path, class_nam
     assert equal(load_file(tmp_path / "vae" / name), load_file(tmp_path / "out" / name))
     theirs, back = (json.loads((tmp_path / at / "config.json").read_text()) for at in ("vae", "out"))
     assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in back.items() if k[0] != "_"}
+
+
+def save_deeper_autoencoder(folder) -> None:
+    """One of 4 pixels to a latent, twice those of `save_autoencoder`."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    save_autoencoder(folder, block_out_channels=(8, 8, 8), **blocks)
+
+
+def save_with_processor(model, folder, side: int) -> None:
+    """A model with the tokenizer of mdm-digits and pictures of its own size."""
+    images = MDMImageProcessorPil.for_model(model.config, size={"height": side, "width": 2 * side})
+    tokenizer = AutoTokenizer.from_pretrained(DIGITS)
+    MDMPipeline(model, MDMProcessor(images, tokenizer, max_new_tokens=4, num_classes=10)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("way", ["deeper", "shallower"])
+def test_another_autoencoder_takes_the_place_of_one_and_the_processor_fits_it(tmp_path, way) -> None:
+    save_autoencoder(tmp_path / "shallow")
+    save_deeper_autoencoder(tmp_path / "deep")
+    old, new = ("shallow", "deep") if way == "deeper" else ("deep", "shallow")
+    model = model_with(tmp_path / old, vae_config=tiny_config().vae_config.to_dict() | {"vocab_size": 384})
+    save_with_processor(model, tmp_path / "like", side=model.config.pixel_patch_size * 3)
+    convert(tmp_path / new, tmp_path / "ours", like=str(tmp_path / "like"))
+    pipe = MDMPipeline.from_pretrained(tmp_path / "ours")
+    images, patch = pipe.processor.image_processor, 8 if way == "deeper" else 4
+    assert images.patch_size == pipe.model.config.pixel_patch_size == patch
+    assert images.downsampling == pipe.model.config.pixel_downsampling == patch // 2
+    assert (images.size.height, images.size.width) == (3 * patch, 6 * patch)
+    made = pipe(generate="image", num_inference_steps=1, seed=0)[0]["images"][0]
+    assert made.size == (6 * patch, 3 * patch)
+    ours, theirs = pipe.model.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if ".pixel_autoencoder." not in name)
+
+
+def test_an_autoencoder_of_other_channels_than_the_weights_take_says_what_to_give_instead(tmp_path) -> None:
+    save_autoencoder(tmp_path / "vae")
+    message = "vae with latents of 4 channels and --like .*mdm-digits, whose weights take patches of 1; need as many; "
+    with pytest.raises(ValueError, match=message + "give --like a preset or a folder without weights, or another"):
+        convert(tmp_path / "vae", tmp_path / "ours", like=str(DIGITS))
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    shutil.copytree(DIGITS, tmp_path / "untrained", ignore=shutil.ignore_patterns("*.safetensors"))
+    convert(tmp_path / "vae", tmp_path / "ours", like=str(tmp_path / "untrained"))
+    images = MDMProcessor.from_pretrained(tmp_path / "ours").image_processor
+    assert (images.num_channels, images.patch_size, images.size.height) == (3, 4, 16)
 
 
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -108,7 +109,7 @@ def convert(
             model.adjust_generation_fn(None, False, False, like)
         if dtype is not None:
             model = _cast(model, dtype)
-        processor = _processor(like)
+        processor = _processor(like, model.config)
         with new_folder(target, overwrite) as folder:
             saved = MDMPipeline(model, processor, device="cpu") if processor else model
             saved.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -171,12 +172,25 @@ def _read(source: Path, came: str, like: str | None, use: str | None, seed: int)
             model = MDMForMultiModalGeneration(_config(like))
         start_from_mamba2(model, read_mamba2(source, model.config.rms_norm_eps))
         return model.eval()
-    config = _config(like).with_pixel_autoencoder(str(source))
+    before = _config(like)
+    config = before.with_pixel_autoencoder(str(source))
+    channels, wanted = before.vae_config.num_channels, config.vae_config.num_channels
+    if is_trained and channels != wanted:
+        raise ValueError(
+            f"Got {source} with latents of {wanted} channels and --like {like}, whose weights take patches of "
+            f"{channels}; need as many; give --like a preset or a folder without weights, or another autoencoder."
+        )
     model = MDMForMultiModalGeneration(config)
     if is_trained:
-        own = {name: value for name, value in model.state_dict().items() if ".pixel_autoencoder." in name}
-        model = assembled(read_model(Path(like)).state_dict() | own, config)
+        weights = model.state_dict() | {
+            name: value for name, value in read_model(Path(like)).state_dict().items() if not _is_of_pixels(name)
+        }
+        model = assembled(weights, config)
     return model.load_pixel_autoencoder(str(source)).eval()
+
+
+def _is_of_pixels(name: str) -> bool:
+    return ".pixel_autoencoder." in name
 
 
 def _config(like: str) -> MDMConfig:
@@ -187,9 +201,29 @@ def _config(like: str) -> MDMConfig:
     return MDMConfig.from_pretrained(like)
 
 
-def _processor(like: str | None) -> MDMProcessor | None:
-    has_one = like is not None and (Path(like) / "processor_config.json").is_file()
-    return MDMProcessor.from_pretrained(like) if has_one else None
+def _processor(like: str | None, config: MDMConfig | None = None) -> MDMProcessor | None:
+    """The processor of a folder; for a `config` with as many patches as there, but of its pixels: with another
+    autoencoder in front they are larger or smaller, and may have other channels."""
+    if like is None or not (Path(like) / "processor_config.json").is_file():
+        return None
+    processor = MDMProcessor.from_pretrained(like)
+    if config is None:
+        return processor
+    images, patch = processor.image_processor, config.pixel_patch_size
+    fitting: dict[str, Any] = {
+        "num_channels": config.image_channels,
+        "patch_size": patch,
+        "downsampling": config.pixel_downsampling,
+    }
+    if fitting != {name: getattr(images, name) for name in fitting}:
+        height, width = (side // images.patch_size * patch for side in (images.size.height, images.size.width))
+        fitting["size"] = {"height": height, "width": width}
+        if isinstance(images.aspect_ratio_buckets, list):
+            fitting["aspect_ratio_buckets"] = [
+                [side // images.patch_size * patch for side in bucket] for bucket in images.aspect_ratio_buckets
+            ]
+        processor.image_processor = type(images).from_dict(images.to_dict() | fitting)
+    return processor
 
 
 def _cast(model: MDMForMultiModalGeneration, dtype: str) -> MDMForMultiModalGeneration:
