@@ -635,6 +635,21 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path, make: Callable) -> N
     assert (target / "old" if target.is_dir() else target).read_text() == "old"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_everything_that_is_written_has_the_mode_that_the_umask_asks_for(tmp_path, umask) -> None:
+    before = os.umask(umask)
+    try:
+        convert(DIGITS, tmp_path / "shards", max_shard_size="1MB")
+        for name in ("out.pt", "out.safetensors", "out.model"):
+            convert(DIGITS, tmp_path / name)
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert len([path for path in made if path.suffix == ".safetensors"]) > 2
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
