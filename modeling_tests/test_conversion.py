@@ -165,6 +165,25 @@ def test_what_does_not_fit_is_named(model, tmp_path, change, message) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step.pt"]
 
 
+def test_only_options_that_are_none_of_ours_are_warned_about_in_one_line(model, tmp_path, caplog) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        loop_checkpoint(model, tmp_path / "own.pt", config=model.config.to_dict())
+        convert(DIGITS, tmp_path / "digits.pt")
+        for name in ("own", "digits"):
+            convert(tmp_path / f"{name}.pt", tmp_path / name)
+        assert caplog.messages == []
+        options = {f"option_{i}": i for i in range(9)}
+        loop_checkpoint(model, tmp_path / "loop.pt", config=model.config.to_dict() | options)
+        convert(tmp_path / "loop.pt", tmp_path / "loop")
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    [said] = caplog.messages
+    assert said.endswith(
+        "loop.pt: left options that are none of MDMConfig: " + ", ".join(sorted(options)[:5]) + " and 4 more."
+    )
+
+
 def test_an_average_that_is_not_there_is_not_taken(model, tmp_path) -> None:
     held = loop_checkpoint(model, tmp_path / "step.pt")
     del held["ema"]

@@ -45,6 +45,7 @@ INSIDE_EMA = ("shadow", "module", "state_dict")
 NOT_WEIGHTS = {"n_averaged"}  # torch's AveragedModel counts in its state dict
 NEVER_TRAINED = re.compile(r"pixel_autoencoder|modality_gate")
 RAW = "mdm_hf.raw_model"  # in the state that is kept: the weights beside the average that became the model's
+OF_FOLDERS = {"saved_with", "custom_pipelines", "auto_map"}  # in a config.json, and made anew with each folder
 STATE, EMA = "training_state.pt", "ema.safetensors"
 
 
@@ -187,8 +188,8 @@ def _inside(ema: dict) -> Any:
 
 def _config(fields: dict, path: Path) -> MDMConfig:
     known = {name: value for name, value in fields.items() if name in MDMConfig.__dataclass_fields__}
-    if ignored := set(fields) - set(known) - {"model_type", "transformers_version", "architectures", "dtype"}:
-        logger.warning(f"{path}: these of its options are none of MDMConfig, and left: {some(ignored)}.")
+    if ignored := set(fields) - set(known) - set(MDMConfig().to_dict()) - OF_FOLDERS:
+        logger.warning(f"{path}: left options that are none of MDMConfig: {some(ignored)}.")
     try:
         return MDMConfig(**known)
     except Exception as error:  # transformers' strict dataclasses raise classes of their own
