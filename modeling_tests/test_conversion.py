@@ -654,6 +654,26 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path, make: Callable) -> N
     assert (target / "old" if target.is_dir() else target).read_text() == "old"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("goes", ["folder", "file", "nowhere"])
+def test_a_symbolic_link_is_no_place_and_the_message_says_why(folder, tmp_path, goes, overwrite) -> None:
+    there = tmp_path / "there"
+    if goes == "folder":
+        there.mkdir()
+        (there / "kept.txt").write_text("kept")
+    elif goes == "file":
+        there.write_text("kept")
+    link = tmp_path / ("link.pt" if goes == "file" else "link")
+    link.symlink_to(there)
+    message = "which is a symbolic link to .*there; need a fi|which is a symbolic link to .*there; need a fo"
+    with pytest.raises(ValueError, match=message) as refused:
+        convert(folder, link, overwrite=overwrite)
+    assert f"would replace the link and leave what it points to as it was; give {there}, or" in str(refused.value)
+    assert link.readlink() == there
+    assert {path.name for path in tmp_path.iterdir()} - {"there"} == {"ours", link.name}
+    assert there.exists() == (goes != "nowhere")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_everything_that_is_written_has_the_mode_that_the_umask_asks_for(tmp_path, umask) -> None:
     before = os.umask(umask)

@@ -345,6 +345,17 @@ def test_a_pull_into_a_folder_of_other_things_is_refused(hub, folder, tmp_path, 
     assert main(["pull", "org/mine", str(tmp_path / "new")]) == 0
 
 
+def test_a_pull_onto_a_file_is_refused_and_one_into_a_link_follows_it(hub, folder, tmp_path, capsys) -> None:
+    push(folder, "org/mine")
+    (tmp_path / "file").write_text("mine")
+    assert main(["pull", "org/mine", str(tmp_path / "file"), "--overwrite"]) == 2
+    assert "file to pull into, which is there and no folder; need a folder; give another" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    assert main(["pull", "org/mine", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
 def test_a_pull_of_half_a_model_names_the_file(hub, folder, tmp_path) -> None:
     push(folder, "org/mine", max_shard_size="500KB")
     tree = dict(files(hub, "org/mine"))

@@ -190,10 +190,16 @@ def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
     """The whole path of `target`, and its parent there."""
     wanted = "folder" if is_folder else "file"
     whole = target.absolute()
+    if whole.is_symlink():
+        raise ValueError(
+            f"Got {target} to write, which is a symbolic link to {whole.readlink()}; need a {wanted} itself, since "
+            "what is made is moved into its place at last, and would replace the link and leave what it points to as "
+            f"it was; give {whole.resolve()}, or another name."
+        )
     is_used = whole.is_file() or (whole.is_dir() and any(whole.iterdir()))
     if is_used and not overwrite:
         raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
-    if whole.is_symlink() or (whole.exists() and not (whole.is_dir() if is_folder else whole.is_file())):
+    if whole.exists() and not (whole.is_dir() if is_folder else whole.is_file()):
         raise ValueError(f"Got {target} to write, which is there and no {wanted}; need a {wanted}; give another name.")
     whole.parent.mkdir(parents=True, exist_ok=True)
     return whole

@@ -170,7 +170,7 @@ def pull(
 
     Args:
         repo_id: owner/name.
-        folder: New, or of an earlier pull, which then goes on.
+        folder: New, or of an earlier pull, which then goes on. A symbolic link is followed.
         revision: Branch, tag or commit; main if None.
         overwrite: Write into a folder that holds other things.
         token: The one that `hf auth login` keeps if None.
@@ -179,9 +179,11 @@ def pull(
         The folder.
 
     Raises:
-        ValueError: the folder holds other things; weights that are missing or not whole.
+        ValueError: the folder holds other things, or is none; weights that are missing or not whole.
         OSError: the Hub refuses, or is not reached.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Got {folder} to pull into, which is there and no folder; need a folder; give another name.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_dir() and not overwrite:
         raise ValueError(
             f"Got {folder}, which holds other things than an earlier pull; need a new folder; name one, or give "
