@@ -166,6 +166,14 @@ def test_a_folder_without_the_generation_config_it_was_saved_with_is_refused(com
     assert f"Got {folder} without generation_config.json, which its config.json says it was saved with" in said
 
 
+@pytest.mark.parametrize("command", ["push", "generate"])
+def test_a_model_without_a_processor_is_refused_with_what_is_missing(command, broken, capsys):
+    folder = broken({})
+    (folder / "processor_config.json").unlink()
+    said = refused(command, folder, capsys)
+    assert f"Got {folder} without processor_config.json; need the processor beside the model, its tokenizer" in said
+
+
 @pytest.mark.parametrize("size", ["nonsense", "0GB", "-5GB", "nanGB", "1e3", "5XB", ""])
 def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_read(size, tmp_path, capsys):
     for arguments in (["convert", CARD, "--to", str(tmp_path / "out")], ["push", CARD, "org/x", "--dry-run"]):

@@ -5,7 +5,10 @@ import base64
 import contextlib
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -101,6 +104,34 @@ def test_json_gets_texts_and_pictures_of_any_conditions(endpoint, three) -> None
     [again] = post(endpoint, {"inputs": {"messages": messages}, "parameters": {"generate": "text", "seed": 0}})
     assert said == again
     assert digit_named_in(said["generated_text"]) == 3
+
+
+def block_of_hub_md(kind: str) -> str:
+    """The one block of docs/hub.md that asks an endpoint in a language."""
+    text = (CARD.parents[1] / "docs" / "hub.md").read_text(encoding="utf-8")
+    [block] = [one for one in re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) if "ENDPOINT" in one]
+    return block
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_what_hub_md_asks_with_curl_is_answered_as_it_says(endpoint, tmp_path) -> None:
+    environment = os.environ | {"ENDPOINT": endpoint.url, "HF_TOKEN": "hf_x", "no_proxy": "127.0.0.1"}
+    command = ["bash", "-euc", block_of_hub_md("bash")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    with Image.open(tmp_path / "three.png") as three:
+        assert three.size == (8, 8)
+    [caption], answers = json.loads("[" + done.stdout.replace("][", "],[") + "]")
+    assert digit_named_in(caption["generated_text"]) == digit_named_in(answers[0]["answer"]) == 3
+    assert 0 < answers[0]["score"] <= 1
+
+
+def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, client, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENDPOINT", endpoint.url)
+    names: dict = {}
+    exec(block_of_hub_md("python"), names)
+    assert names["three"].size == (8, 8)
+    assert digit_named_in(names["caption"]) == digit_named_in(names["answers"][0].answer) == 3
 
 
 @pytest.mark.parametrize(
