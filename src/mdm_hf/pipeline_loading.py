@@ -33,8 +33,9 @@ def load_parts(path, place: dict, access: dict, options: dict):
     model = MDMForMultiModalGeneration.from_pretrained(path, **options)
     if read_json(path, PROCESSOR_CONFIG, **place, **access) is None:
         raise ValueError(
-            f"Got {path} without {PROCESSOR_CONFIG}; need the processor beside the model, its tokenizer and the sizes of "
-            "its pictures; save one there with MDMProcessor(...).save_pretrained, or load the model alone with AutoModel."
+            f"Got {path} without {PROCESSOR_CONFIG}; need the processor beside the model, its tokenizer and the sizes "
+            "of its pictures; save one there with MDMProcessor(...).save_pretrained, or load the model alone with "
+            "AutoModel."
         )
     return model, MDMProcessor.from_pretrained(path, **place, **access)
 

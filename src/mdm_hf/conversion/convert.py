@@ -53,7 +53,22 @@ def convert(
     seed: int = 0,
     overwrite: bool = False,
 ) -> str:
-    """Converts `source` to `target`; see the module, and `mdm convert --help` for the arguments.
+    """Converts a checkpoint of one format to another; the table at the top of the file says which.
+
+    Args:
+        source: A file or folder; what it is, its ending and its config.json say: see `kind_of`.
+        target: A new folder, or a file whose ending says what it becomes: .pt, .pth, .bin or .ckpt, .model,
+            .safetensors. No symbolic link.
+        kind: What `target` becomes, "mdm", "training", "mamba2", "autoencoder" or "sentencepiece"; by its ending if
+            None.
+        like: Folder or preset that gives what the source has not: the config, weights of the rest, the processor.
+        use: "ema" or "model" of a training checkpoint; its average if None and it has one.
+        dtype: "float32", "bfloat16" or "float16" of the weights in a folder; as they are if None. A, D and the bias of
+            dt stay in float32.
+        max_shard_size: Of a file of weights in a folder: a number with KB, MB, GB or TB.
+        direction: Of a block of ours, the scan direction, from 0, that a Mamba-2 gets.
+        seed: Of weights that neither the source nor `like` has.
+        overwrite: Put the result in the place of what is at `target`, once it is whole.
 
     Returns:
         What was made of what, in words.
@@ -121,7 +136,10 @@ def convert(
 
 
 def kind_of(source: Path) -> str:
-    """What a file or folder is.
+    """What a file or folder is: "mdm", "training", "mamba2", "autoencoder" or "sentencepiece".
+
+    Args:
+        source: The file or folder. Of a pickle the names of the weights decide, of a folder its config.json.
 
     Raises:
         ValueError: nothing that is known.

@@ -105,6 +105,10 @@ def _plain(value: Any) -> Any:
 def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tensor]) -> None:
     """Gives a model's blocks and last norm the weights of a Mamba-2; the dtype stays the model's.
 
+    Args:
+        model: Is changed in place; its blocks are of "mamba" and share their projections.
+        weights: As `read_mamba2` gives them: names and shapes of the table at the top of the file.
+
     Raises:
         ValueError: `scan_sharing` is "independent"; blocks, width, state or heads differ, by the weight's name.
     """
@@ -130,7 +134,11 @@ def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tens
 
 
 def to_mamba2(model: MDMForMultiModalGeneration, direction: int = 0) -> dict[str, Tensor]:
-    """One direction of a model's blocks by state-spaces' names.
+    """One direction of a model's blocks by state-spaces' names, in the shapes of the table at the top of the file.
+
+    Args:
+        model: One whose blocks share their projections.
+        direction: Of the scan, from 0.
 
     Raises:
         ValueError: there is no such direction, or no one projection that is its own.

@@ -97,6 +97,9 @@ def from_training(path: Path, config: MDMConfig | None = None, use: str | None =
 def to_training(folder: Path) -> dict:
     """What `torch.save` is to write of a model's folder: "model", "config", and "ema" where the folder has one.
 
+    Args:
+        folder: As `save_pretrained` or `mdm convert` wrote it.
+
     Raises:
         ValueError: weights that are not whole, or not those of the config.
     """
@@ -132,6 +135,9 @@ def _average(given: dict[str, Tensor], model: MDMForMultiModalGeneration, where:
 
 def read_model(folder: Path) -> MDMForMultiModalGeneration:
     """The model of a folder of ours, each weight in the dtype that it has there.
+
+    Args:
+        folder: With config.json and weights.
 
     Raises:
         ValueError: weights that are not whole, or not those of the config; a file that it was saved with is missing.

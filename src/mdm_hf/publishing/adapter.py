@@ -16,12 +16,19 @@ FILES = (".json", ".safetensors", ".jinja", ".py", ".yaml", ".png")  # what of i
 
 @dataclass(frozen=True)
 class Adapter:
-    """What adapter_config.json and the weights say."""
+    """What adapter_config.json and the weights say.
 
-    kind: str  # of PEFT: LORA, ...
-    base: str  # owner/name on the Hub
+    Args:
+        kind: PEFT's name of it: LORA, ...
+        base: owner/name of the base model on the Hub.
+        revision: Of the base model, where the adapter names one.
+        rows: Of the card's table, name and value each: kind, base, rank, trained modules, parameters.
+    """
+
+    kind: str
+    base: str
     revision: str | None
-    rows: list[list[str]]  # of the card's table
+    rows: list[list[str]]
 
     @property
     def of_base(self) -> str:
@@ -31,6 +38,9 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter | None:
     """The adapter in a folder; None where there is a model, or nothing.
+
+    Args:
+        folder: As PEFT saves it, or a pipeline with an adapter on it.
 
     Raises:
         ValueError: a base that is no repository of the Hub, settings without trained modules, weights that are

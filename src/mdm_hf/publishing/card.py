@@ -68,6 +68,9 @@ PAPER = """@article{mdm,
 def read_notes(folder: Path) -> dict:
     """card.yaml of a folder, with `NOTES` for what it leaves out.
 
+    Args:
+        folder: The model's; where no name is given, the folder's own is the name.
+
     Raises:
         ValueError: it is no YAML mapping, or has a key that is none of `NOTES`.
     """
