@@ -78,6 +78,7 @@ test: $(INSTALLED) $(TORCHAO)
 
 test-space: $(SPACE_VENV)/.installed
 	OMP_NUM_THREADS=1 $(SPACE_VENV)/bin/python -m pytest -q -rs modeling_tests/test_space.py
+	OMP_NUM_THREADS=1 $(SPACE_VENV)/bin/python -m pytest -q modeling_tests/test_docs.py -k publishing.space
 
 $(SPACE_VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(SPACE_VENV)

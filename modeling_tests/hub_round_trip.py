@@ -56,7 +56,9 @@ def round_trip(place: Path) -> dict:
         "card validated before anything was made": asked.index("POST /api/validate-yaml")
         < asked.index("POST /api/repos/create"),
         "files listed": listed.count("\n") - 1,
-        "files pulled": sum(path.is_file() for path in pulled.rglob("*") if ".cache" not in path.parts),
+        "files pulled": sum(
+            path.is_file() for path in pulled.rglob("*") if not {".cache", "__pycache__"} & set(path.parts)
+        ),
         "scores in the card": len(card.data.eval_results),
         "the picture that the endpoint draws is the widget's": same,
         "caption of the widget's picture": said,

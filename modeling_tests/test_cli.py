@@ -1,6 +1,7 @@
 """Claims about the command line and the examples: each runs as its help and the README say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,107 @@ def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, caps
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+COMMANDS = {
+    "convert": ["convert", "{model}", "--to", "{model}/../out.pt"],
+    "dtype": ["convert", "{model}", "--to", "{model}/../out", "--dtype", "bfloat16"],
+    "card": ["card", "{model}"],
+    "push": ["push", "{model}", "org/x", "--dry-run"],
+    "generate": ["generate", "--model", "{model}", "--output", "{model}/../out.png"],
+}
+
+
+def refused(command, model, capsys) -> str:
+    """The one line with which a command refuses a model's folder; nothing is written."""
+    capsys.readouterr()
+    assert main([part.format(model=model) for part in COMMANDS[command]]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mdm ")]
+    assert len(said) == 1
+    assert not list(model.parent.glob("out*"))
+    return said[0]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of mdm-digits with a change of its config.json, which may be a whole new text."""
+
+    def change(fields):
+        folder = Path(shutil.copytree(CARD, tmp_path / "model"))
+        config = folder / "config.json"
+        whole = json.loads(config.read_text()) | fields if isinstance(fields, dict) else fields
+        config.write_text(json.dumps(whole))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "big"}, "a config that is refused: Field 'hidden_size' expected int, got str (value: 'big')"),
+        ({"hidden_size": -1}, "a config that is refused: `hidden_size` is -1; it must be 1 or more; need that of an"),
+        ({"vae_config": 3}, "a config that is refused: Field 'vae_config' with value 3"),
+        ({"dtype": "float99"}, "a config that is refused: module 'torch' has no attribute 'float99'"),
+        ({"saved_with": 3}, "with saved_with 3 in its config.json; need a list of files"),
+        (
+            {"model_type": "gpt2"},
+            "whose config.json has the model_type 'gpt2'; need 'mdm'; give the folder or",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_cannot_be_is_refused_in_one_line_by_every_command(command, fields, message, broken, capsys):
+    folder = broken(fields)
+    said = refused(command, folder, capsys)
+    assert f"Got {folder} " in said
+    assert message in said
+
+
+@pytest.mark.parametrize("command", ["card", "push", "generate"])
+def test_a_config_that_is_no_mapping_is_refused(command, broken, capsys):
+    assert "config.json has the model_type 'list'; need 'mdm'" in refused(command, broken([1]), capsys)
+
+
+@pytest.mark.parametrize("command", ["convert", "dtype", "push", "generate"])
+def test_a_folder_without_the_generation_config_it_was_saved_with_is_refused(command, broken, capsys):
+    folder = broken({})
+    (folder / "generation_config.json").unlink()
+    said = refused(command, folder, capsys)
+    assert f"Got {folder} without generation_config.json, which its config.json says it was saved with" in said
+
+
+@pytest.mark.parametrize("command", ["push", "generate"])
+def test_a_model_without_a_processor_is_refused_with_what_is_missing(command, broken, capsys):
+    folder = broken({})
+    (folder / "processor_config.json").unlink()
+    said = refused(command, folder, capsys)
+    assert f"Got {folder} without processor_config.json; need the processor beside the model, its tokenizer" in said
+
+
+@pytest.mark.parametrize("size", ["nonsense", "0GB", "-5GB", "nanGB", "1e3", "5XB", ""])
+def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_read(size, tmp_path, capsys):
+    for arguments in (["convert", CARD, "--to", str(tmp_path / "out")], ["push", CARD, "org/x", "--dry-run"]):
+        assert main([*arguments, f"--max-shard-size={size}"]) == 2
+        said = capsys.readouterr().err
+        assert f"Got --max-shard-size {size!r}; need a number above 0 with KB, MB, GB or TB, such as 2GB" in said
+        assert "Loading" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, -1])
+def test_a_seed_that_is_none_is_refused(seed, tmp_path, capsys):
+    out = str(tmp_path / "out.png")
+    for arguments in (
+        ["convert", CARD, "--to", str(tmp_path / "out")],
+        ["generate", "--model", CARD, "--output", out],
+        ["demo", "--model", CARD, "--output", out],
+    ):
+        assert main([*arguments, f"--seed={seed}"]) == 2
+        more = ", below 2**63" if seed > 0 else ""
+        assert f"`seed` is {seed}; it must be a whole number, 0 or more{more}." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_few_samples_to_score_are_refused_before_a_model_is_loaded(capsys):

@@ -2,8 +2,11 @@
 and a checkpoint that is damaged or hostile is refused in words, runs nothing, and leaves nothing half-written."""
 
 import json
+import logging
 import os
 import pickle
+import re
+import shutil
 import string
 import zipfile
 from argparse import Namespace
@@ -20,7 +23,7 @@ from tiny import model_with, save_autoencoder, tiny_config, tiny_model
 from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
-from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf import MDMForMultiModalGeneration, MDMImageProcessorPil, MDMPipeline, MDMProcessor
 from mdm_hf.cli import main
 from mdm_hf.conversion.build_tokenizer import digits_corpus
 from mdm_hf.conversion.convert import convert
@@ -160,6 +163,25 @@ def test_what_does_not_fit_is_named(model, tmp_path, change, message) -> None:
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "step.pt", tmp_path / "ours", use="model")
     assert [path.name for path in tmp_path.iterdir()] == ["step.pt"]
+
+
+def test_only_options_that_are_none_of_ours_are_warned_about_in_one_line(model, tmp_path, caplog) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        loop_checkpoint(model, tmp_path / "own.pt", config=model.config.to_dict())
+        convert(DIGITS, tmp_path / "digits.pt")
+        for name in ("own", "digits"):
+            convert(tmp_path / f"{name}.pt", tmp_path / name)
+        assert caplog.messages == []
+        options = {f"option_{i}": i for i in range(9)}
+        loop_checkpoint(model, tmp_path / "loop.pt", config=model.config.to_dict() | options)
+        convert(tmp_path / "loop.pt", tmp_path / "loop")
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    [said] = caplog.messages
+    assert said.endswith(
+        "loop.pt: left options that are none of MDMConfig: " + ", ".join(sorted(options)[:5]) + " and 4 more."
+    )
 
 
 def test_an_average_that_is_not_there_is_not_taken(model, tmp_path) -> None:
@@ -412,6 +434,112 @@ def test_an_autoencoder_goes_in_and_comes_out_with_every_bit(tmp_path, class_nam
     assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in back.items() if k[0] != "_"}
 
 
+def save_deeper_autoencoder(folder) -> None:
+    """One of 4 pixels to a latent, twice those of `save_autoencoder`."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    save_autoencoder(folder, block_out_channels=(8, 8, 8), **blocks)
+
+
+def save_with_processor(model, folder, side: int) -> None:
+    """A model with the tokenizer of mdm-digits and pictures of its own size."""
+    images = MDMImageProcessorPil.for_model(model.config, size={"height": side, "width": 2 * side})
+    tokenizer = AutoTokenizer.from_pretrained(DIGITS)
+    MDMPipeline(model, MDMProcessor(images, tokenizer, max_new_tokens=4, num_classes=10)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("way", ["deeper", "shallower"])
+def test_another_autoencoder_takes_the_place_of_one_and_the_processor_fits_it(tmp_path, way) -> None:
+    save_autoencoder(tmp_path / "shallow")
+    save_deeper_autoencoder(tmp_path / "deep")
+    old, new = ("shallow", "deep") if way == "deeper" else ("deep", "shallow")
+    model = model_with(tmp_path / old, vae_config=tiny_config().vae_config.to_dict() | {"vocab_size": 384})
+    save_with_processor(model, tmp_path / "like", side=model.config.pixel_patch_size * 3)
+    convert(tmp_path / new, tmp_path / "ours", like=str(tmp_path / "like"))
+    pipe = MDMPipeline.from_pretrained(tmp_path / "ours")
+    images, patch = pipe.processor.image_processor, 8 if way == "deeper" else 4
+    assert images.patch_size == pipe.model.config.pixel_patch_size == patch
+    assert images.downsampling == pipe.model.config.pixel_downsampling == patch // 2
+    assert (images.size.height, images.size.width) == (3 * patch, 6 * patch)
+    made = pipe(generate="image", num_inference_steps=1, seed=0)[0]["images"][0]
+    assert made.size == (6 * patch, 3 * patch)
+    ours, theirs = pipe.model.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if ".pixel_autoencoder." not in name)
+
+
+def test_an_autoencoder_of_other_channels_than_the_weights_take_says_what_to_give_instead(tmp_path) -> None:
+    save_autoencoder(tmp_path / "vae")
+    message = "vae with latents of 4 channels and --like .*mdm-digits, whose weights take patches of 1; need as many; "
+    with pytest.raises(ValueError, match=message + "give --like a preset or a folder without weights, or another"):
+        convert(tmp_path / "vae", tmp_path / "ours", like=str(DIGITS))
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    shutil.copytree(DIGITS, tmp_path / "untrained", ignore=shutil.ignore_patterns("*.safetensors"))
+    convert(tmp_path / "vae", tmp_path / "ours", like=str(tmp_path / "untrained"))
+    images = MDMProcessor.from_pretrained(tmp_path / "ours").image_processor
+    assert (images.num_channels, images.patch_size, images.size.height) == (3, 4, 16)
+
+
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def like(tmp_path) -> str:
+    """A model that an autoencoder of 4 latent channels may go into."""
+    tiny_model(vae_config=tiny_config().vae_config.to_dict() | {"num_channels": 4}).save_pretrained(tmp_path / "like")
+    return str(tmp_path / "like")
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "VQModel"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.pop("decoder.conv_in.bias"),
+            r"vae without the weights decoder\.conv_in\.bias; need those of",
+        ),
+        (lambda w: w.update(mystery=torch.ones(1)), r"vae with weights of unknown names: mystery; need those of its"),
+        (lambda w: w["decoder.conv_in.bias"].fill_(float("nan")), r"not finite in decoder\.conv_in\.bias; need those"),
+        (lambda w: w["decoder.conv_in.bias"][:1].fill_(float("inf")), r"not finite in decoder\.conv_in\.bias; need"),
+        (lambda w: w.update({"decoder.conv_in.bias": torch.ones(3)}), r"of which no .* can be loaded .*shape"),
+    ],
+)
+def test_an_autoencoder_whose_weights_are_not_whole_is_refused(tmp_path, like, class_name, change, message) -> None:
+    save_autoencoder(tmp_path / "vae", class_name)
+    weights = load_file(tmp_path / "vae" / VAE_WEIGHTS)
+    change(weights)
+    save_file(weights, tmp_path / "vae" / VAE_WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "vae", tmp_path / "ours", like=like)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "vae"]
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "VQModel"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"scaling_factor": "text"},
+            "scaling_factor 'text'; it must be a finite number above 0; take the config.json",
+        ),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan; it must be a finite number above 0"),
+        ({"scaling_factor": 0}, "scaling_factor 0; it must be a finite number above 0"),
+        ({"scaling_factor": -0.5}, "scaling_factor -0.5; it must be a finite number above 0"),
+        ({"scaling_factor": True}, "scaling_factor True; it must be a finite number above 0"),
+        ({"scaling_factor": None}, "a config without scaling_factor"),
+        ({"latent_channels": "4"}, "latent_channels '4'; it must be a whole number, 1 or more"),
+        ({"norm_num_groups": 0}, "of whose config no .* can be built .ZeroDivisionError"),
+    ],
+)
+def test_an_autoencoder_with_a_setting_that_cannot_be_is_refused(
+    tmp_path, like, class_name, setting, message, capsys
+) -> None:
+    save_autoencoder(tmp_path / "vae", class_name)
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | setting))
+    assert main(["convert", str(tmp_path / "vae"), "--to", str(tmp_path / "ours"), "--like", like]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "vae"]
+
+
 def texts() -> list[str]:
     """315 strings: words, odd characters, and mixtures with white space of all sorts."""
     rng = np.random.default_rng(0)
@@ -453,9 +581,31 @@ def test_bfloat16_rounds_what_may_be_rounded_and_keeps_the_rest(tmp_path) -> Non
         in_float = name.endswith(("A_log", "dt_bias", ".D"))
         assert value.dtype == (torch.float32 if in_float else torch.bfloat16), name
         assert torch.equal(value, whole[name].to(value.dtype)), name
-    assert {"README.md", "tokenizer.json", "card.yaml", "demo.png"} <= {p.name for p in (tmp_path / "half").iterdir()}
+    assert {"tokenizer.json", "card.yaml", "demo.png"} <= {p.name for p in (tmp_path / "half").iterdir()}
     made = MDMPipeline.from_pretrained(tmp_path / "half")(text="a three", num_inference_steps=2, seed=0)
     assert made[0]["images"]
+
+
+MEASURED = {"README.md", "examples", "examples.json", "scores.json"}
+
+
+def test_a_copy_in_another_dtype_claims_nothing_that_the_other_weights_were_measured_to_do(tmp_path, capsys) -> None:
+    half = tmp_path / "half"
+    assert main(["convert", str(DIGITS), "--to", str(half), "--dtype", "bfloat16"]) == 0
+    assert not MEASURED & {path.name for path in half.iterdir()}
+    said = capsys.readouterr().out
+    assert "left out README.md, examples, examples.json, scores.json" in said
+    assert "which tell of the other weights: `mdm card` tells of these" in said
+    assert main(["card", str(half)]) == 0
+    text = (half / "README.md").read_text()
+    assert "## Scores" not in text
+    assert "## What it makes" in text
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "500KB"}, {"dtype": "float32"}])
+def test_a_copy_of_the_same_weights_keeps_their_card(tmp_path, options) -> None:
+    assert "left out" not in convert(DIGITS, tmp_path / "copy", **options)
+    assert {path.name for path in (tmp_path / "copy").iterdir()} >= MEASURED
 
 
 def test_shards_hold_the_same_bits_and_become_one_file_again(tmp_path) -> None:
@@ -502,6 +652,41 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path, make: Callable) -> N
         write_half()
     assert [one.name for one in tmp_path.iterdir()] == ["target"]
     assert (target / "old" if target.is_dir() else target).read_text() == "old"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("goes", ["folder", "file", "nowhere"])
+def test_a_symbolic_link_is_no_place_and_the_message_says_why(folder, tmp_path, goes, overwrite) -> None:
+    there = tmp_path / "there"
+    if goes == "folder":
+        there.mkdir()
+        (there / "kept.txt").write_text("kept")
+    elif goes == "file":
+        there.write_text("kept")
+    link = tmp_path / ("link.pt" if goes == "file" else "link")
+    link.symlink_to(there)
+    message = "which is a symbolic link to .*there; need a fi|which is a symbolic link to .*there; need a fo"
+    with pytest.raises(ValueError, match=message) as refused:
+        convert(folder, link, overwrite=overwrite)
+    assert f"would replace the link and leave what it points to as it was; give {there}, or" in str(refused.value)
+    assert link.readlink() == there
+    assert {path.name for path in tmp_path.iterdir()} - {"there"} == {"ours", link.name}
+    assert there.exists() == (goes != "nowhere")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_everything_that_is_written_has_the_mode_that_the_umask_asks_for(tmp_path, umask) -> None:
+    before = os.umask(umask)
+    try:
+        convert(DIGITS, tmp_path / "shards", max_shard_size="1MB")
+        for name in ("out.pt", "out.safetensors", "out.model"):
+            convert(DIGITS, tmp_path / name)
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert len([path for path in made if path.suffix == ".safetensors"]) > 2
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 @pytest.mark.parametrize(
@@ -603,6 +788,16 @@ def test_two_files_that_could_be_meant_are_refused(tmp_path) -> None:
         ({"use_bias": True}, "use_bias True; a block of MDM computes with False"),
         ({"use_conv_bias": False}, "use_conv_bias False"),
         ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit \[0.001, 0.1\]"),
+        ({"time_step_limit": "text"}, r"time_step_limit 'text'; a block of MDM computes with \[0.0, inf\]"),
+        ({"time_step_limit": [0.0, 1.0, 2.0]}, r"time_step_limit \[0.0, 1.0, 2.0\]; a block"),
+        ({"time_step_limit": [float("nan"), float("inf")]}, r"time_step_limit \[nan, inf\]; a block"),
+        ({"time_step_limit": [1.0, 0.5]}, r"time_step_limit \[1.0, 0.5\]; a block"),
+        (
+            {"time_step_limit": [0.0, {"__float__": "x"}]},
+            r"time_step_limit \[0.0, {'__float__': 'x'}\]; a block",
+        ),
+        ({"time_step_limit": [0.0, {"__float__": None}]}, r"time_step_limit \[0.0, {'__float__': None}\]; a block"),
+        ({"n_groups": {"__float__": []}}, r"n_groups {'__float__': \[\]}; a block of MDM computes with 1"),
         (
             {"layer_norm_epsilon": 1e-6},
             "layer_norm_epsilon 1e-06; a block of MDM computes with 1e-05.*or a model with",
@@ -774,6 +969,17 @@ def test_an_average_of_part_of_the_weights_says_how_to_do_without(model, tmp_pat
     with pytest.raises(ValueError, match="with an average that lacks .*; --use model takes the weights"):
         convert(tmp_path / "step.pt", tmp_path / "out")
     convert(tmp_path / "step.pt", tmp_path / "out", use="model")
+
+
+def test_a_folder_without_a_generation_config_that_notes_none_is_read_with_a_warning(folder, tmp_path, caplog) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["saved_with"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "generation_config.json").unlink()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    convert(folder, tmp_path / "out.pt")
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "without generation_config.json; sampling as MDMGenerationConfig's defaults say" in caplog.text
 
 
 def test_a_config_that_is_no_mapping_is_refused(folder, tmp_path) -> None:

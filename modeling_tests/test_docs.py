@@ -41,6 +41,7 @@ SOURCES = sorted((ROOT / "src" / "mdm_hf").rglob("*.py"))
 DIRECTIVE = re.compile(r"^::: (mdm_hf[\w.]*)$(?:\n    options: \{.*?(?:members: (\[.*?\]|false))?\})?", re.MULTILINE)
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 PLACEHOLDER = re.compile(r"[\"']org/")
+NEEDS = {"mdm_hf.publishing.space.": "gradio"}  # what is not in every environment: `make test-space` has it
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 # Where a newcomer looks first: each has an example that is run.
 SHOWN = {
@@ -77,7 +78,7 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def directives() -> dict[str, list[str] | None]:
+def shown_on_pages() -> dict[str, list[str] | None]:
     """What the API pages show: name -> which of its members, None for all."""
     found: dict[str, list[str] | None] = {}
     for page in PAGES:
@@ -86,6 +87,12 @@ def directives() -> dict[str, list[str] | None]:
             shown = None if not members else [] if members == "false" else re.findall(r"\w+", members)
             found[name] = shown
     return found
+
+
+def directives() -> dict[str, list[str] | None]:
+    """What the API pages show and can be looked at here: some modules need an extra."""
+    missing = tuple(module for module, extra in NEEDS.items() if not _is_module(extra))
+    return {name: members for name, members in shown_on_pages().items() if not name.startswith(missing)}
 
 
 def documented() -> dict[str, Any]:
@@ -328,7 +335,7 @@ def test_most_blocks_run_and_the_others_are_these(record_property) -> None:
     record_property("blocks_not_run", ", ".join(left))
     pages = [re.sub(r"_line_\d+$", "", name) for name in left]
     assert len(blocks()) - len(left) > len(left)
-    assert pages == ["data.md", *["hub.md"] * 4, *["pixel_autoencoder.md"] * 2]
+    assert pages == ["data.md", *["hub.md"] * 5, *["pixel_autoencoder.md"] * 2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -354,7 +361,7 @@ def site(tmp_path_factory) -> Path:
 
 def test_the_site_builds_without_a_warning_and_shows_what_the_pages_name(site) -> None:
     shown = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
-    assert [name for name in directives() if f'id="{name}"' not in shown] == []
+    assert [name for name in shown_on_pages() if f'id="{name}"' not in shown] == []
     assert (site / "index.html").is_file()
 
 

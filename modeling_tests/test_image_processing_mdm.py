@@ -1,5 +1,8 @@
 """The image processor: pixels in [-1, 1], grids in patches, and what it refuses."""
 
+import base64
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -230,6 +233,36 @@ def test_pictures_that_would_be_guessed_at_are_refused(image, told) -> None:
     closed.close()
     with pytest.raises(ValueError, match=r"cannot be read \(Operation on closed image\); need one that is open"):
         processor()(closed)
+
+
+def png_that_declares(height: int, width: int) -> bytes:
+    """A file of under 100 bytes with a whole header and no more."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("form", ["bytes", "data URL", "path"])
+@pytest.mark.parametrize(("side", "message"), [(30_000, "too many pixels, 900000000"), (5000, "25000000 pixels")])
+def test_a_picture_of_too_many_pixels_is_told_how_many_are_allowed_in_any_form(tmp_path, form, side, message) -> None:
+    content = png_that_declares(side, side)
+    (tmp_path / "bomb.png").write_bytes(content)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    source = {"bytes": content, "data URL": url, "path": tmp_path / "bomb.png"}[form]
+    with pytest.raises(ValueError, match=f"{message}; need at most max_pixels = 16777216; give a smaller"):
+        processor()(source)
+
+
+def test_a_data_url_gives_the_pixels_that_its_file_gives() -> None:
+    image = colour().convert("RGBA")
+    image.putalpha(grey(seed=1))
+    content = png(image)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    by_bytes, by_url = (processor(num_channels=3)(source)["pixel_values"][0] for source in (content, url))
+    assert np.array_equal(by_bytes, by_url)
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

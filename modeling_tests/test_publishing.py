@@ -3,6 +3,7 @@ and checked before the Hub hears of it; what was stopped goes on."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import WRITE_TOKEN, LoopbackHub
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from mdm_hf import MDMPipeline
+from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.publishing.card import MADE_BY, NOTES, card_of, check_card, read_notes, write_card
 from mdm_hf.publishing.examples import checkpoint_hash, draw_examples, drawn_examples, enlarged
@@ -343,6 +345,17 @@ def test_a_pull_into_a_folder_of_other_things_is_refused(hub, folder, tmp_path, 
     assert main(["pull", "org/mine", str(tmp_path / "new")]) == 0
 
 
+def test_a_pull_onto_a_file_is_refused_and_one_into_a_link_follows_it(hub, folder, tmp_path, capsys) -> None:
+    push(folder, "org/mine")
+    (tmp_path / "file").write_text("mine")
+    assert main(["pull", "org/mine", str(tmp_path / "file"), "--overwrite"]) == 2
+    assert "file to pull into, which is there and no folder; need a folder; give another" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    assert main(["pull", "org/mine", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
 def test_a_pull_of_half_a_model_names_the_file(hub, folder, tmp_path) -> None:
     push(folder, "org/mine", max_shard_size="500KB")
     tree = dict(files(hub, "org/mine"))
@@ -402,6 +415,83 @@ def test_scores_that_are_no_numbers_are_refused(folder, change) -> None:
 def test_an_examples_picture_that_a_push_would_leave_behind_is_refused(folder, picture) -> None:
     with pytest.raises(ValueError, match="need the name of a .png in .* itself"):
         draw_examples(folder, [{"image": picture}])
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A LoRA adapter of mdm-digits, as PEFT saves it, whose base is said to lie on the Hub."""
+    base = MDMForMultiModalGeneration.from_pretrained(DIGITS)
+    base.name_or_path = base.config.name_or_path = "org/mdm-digits"
+    options = {"task_type": "FEATURE_EXTRACTION", "init_lora_weights": False, "modules_to_save": ["latent_head"]}
+    get_peft_model(base, LoraConfig(r=3, lora_alpha=6, **options)).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_an_adapters_card_says_its_base_rank_and_modules_and_how_to_load_it(adapter, hub) -> None:
+    push(adapter, "org/lora")
+    pushed = files(hub, "org/lora")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(pushed)
+    assert not {"config.json", "model.safetensors", "handler.py"} & set(pushed)
+    text = pushed["README.md"].decode()
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/mdm-digits", "peft", "any-to-any")
+    assert "lora" in data.tags
+    assert "| rank, alpha | 3, 6 |" in text
+    assert "| trained modules | in_proj, out_proj |" in text
+    assert "| modules trained whole | latent_head |" in text
+    assert "More Information Needed" not in text
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert 'MDMPipeline.from_pretrained("org/lora")' in blocks[0]
+    names: dict = {}
+    exec(blocks[1].replace('"org/mdm-digits"', repr(str(DIGITS))).replace('"org/lora"', repr(str(adapter))), names)
+    assert isinstance(names["model"], PeftModel)
+    assert names["model"].peft_config["default"].r == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"base_model_name_or_path": "/home/me/digits"},
+            "whose base model is '/home/me/digits'; need owner/name of th",
+        ),
+        ({"base_model_name_or_path": None}, "whose base model is None; need owner/name"),
+        ({"target_modules": None}, "has peft_type 'LORA' and target_modules None; need both"),
+        ("missing", "without adapter_model.safetensors; need the adapter's weights"),
+        ("broken", "with values that are not finite in "),
+        ("short", "adapter_model.safetensors, of which no tensors can be read"),
+    ],
+)
+def test_an_adapter_that_others_could_not_load_is_not_pushed(adapter, change, message, capsys) -> None:
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if isinstance(change, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    elif change == "missing":
+        weights.unlink()
+    elif change == "short":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        save_file({name: value * float("nan") for name, value in load_file(weights).items()}, weights)
+    for command in (["card", str(adapter)], ["push", str(adapter), "org/lora", "--dry-run"]):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pefts_empty_card_is_replaced_and_one_with_a_word_in_it_is_not(adapter, capsys) -> None:
+    path = adapter / "README.md"
+    empty = path.read_text()
+    path.write_text(empty.replace("[More Information Needed]", "me", 1))
+    assert main(["card", str(adapter)]) == 2
+    assert "which `mdm card` did not make; it would be lost" in capsys.readouterr().err
+    path.write_text(empty)
+    assert main(["card", str(adapter)]) == 0
+    assert MADE_BY in path.read_text()
+
+
+def test_an_examples_picture_that_is_a_bomb_is_refused(folder) -> None:
+    Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
+    with pytest.raises(ValueError, match="bomb.png, which Pillow cannot read .*900000000 pixels.*; need a whole"):
+        draw_examples(folder, [{"image": "bomb.png"}])
 
 
 def test_a_card_that_is_refused_draws_nothing(folder, capsys) -> None:

@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:  # bad input: the message says what to do, a traceback would hide it
         if options.debug:
             raise
-        print(f"mdm {options.command}: {error}", file=sys.stderr)
+        from .configuration_mdm import why_refused
+
+        said = why_refused(error) if isinstance(error, StrictDataclassError) else error
+        print(f"mdm {options.command}: {said}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,9 +4,16 @@ import json
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .pixel_autoencoder import check_pixel_autoencoder, downsampling, latent_channels, read_pixel_autoencoder
+
+
+def why_refused(error: Exception) -> str:
+    """What is wrong with a config, in one line: a strict dataclass puts its own words and a line break before it."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return str(cause).partition(" Errors: ")[0].rstrip(".")
 
 
 class _CustomPipelines(dict):
@@ -198,12 +205,39 @@ class MDMConfig(PreTrainedConfig):
             self.custom_pipelines = _CustomPipelines(kwargs["custom_pipelines"])
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As [`~transformers.PreTrainedConfig.from_pretrained`].
+
+        Raises:
+            ValueError: there is no config.json, it is of another kind of model, or it has a setting that cannot be.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (StrictDataclassError, TypeError, AttributeError) as error:  # the last: a dtype that torch has not
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} with a config that is refused: {why_refused(error)}; need that "
+                "of an MDM; mend its config.json, or take the one that its weights were saved with."
+            ) from error
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found:  # it would pass for a config of defaults
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} without a config.json; need the one that its weights were saved "
                 "with; push or download it again."
+            )
+        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+        if kind != cls.model_type:
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} whose config.json has the model_type {kind!r}; need "
+                f"{cls.model_type!r}; give the folder or repository of an MDM, or take the config.json that its "
+                "weights were saved with."
+            )
+        if not isinstance(found.get("saved_with", []), list):
+            raise ValueError(
+                f"Got {pretrained_model_name_or_path} with saved_with {found['saved_with']!r} in its config.json; "
+                "need a list of files; take the one that its weights were saved with."
             )
         return found, kwargs
 

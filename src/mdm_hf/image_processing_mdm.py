@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import warnings
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -170,14 +172,12 @@ class MDMImageProcessorPil(PilBackend):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
             try:
-                if isinstance(source, bytes):
-                    return Image.open(BytesIO(source))
-                if source.startswith(("http://", "https://")):
+                if isinstance(source, str) and source.startswith(("http://", "https://")):
                     return _fetched(source)
-                if source.startswith("data:image/"):
-                    return load_image(source)
-                return Image.open(source)
-            except (UnidentifiedImageError, ValueError, IndexError) as error:  # the last two: a bad data URL
+                if isinstance(source, str) and source.startswith("data:image/"):
+                    source = b64decode(source.partition(",")[2])
+                return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+            except (UnidentifiedImageError, ValueError) as error:  # the latter: no base64
                 raise ValueError(
                     f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file, "
                     "or its bytes in base64 as a data URL."
@@ -186,8 +186,12 @@ class MDMImageProcessorPil(PilBackend):
                 is_sent = isinstance(source, bytes) or source.startswith("data:")
                 remedy = "send the whole file" if is_sent else "check the path or the address"
                 raise ValueError(f"Got image {name}, which cannot be opened ({error}); {remedy}.") from error
-            except Image.DecompressionBombError as error:
-                raise ValueError(f"Got image {name}, far over the limit ({error}); give a smaller one.") from error
+            except Image.DecompressionBombError as error:  # above Pillow's own limit, which no max_pixels lifts
+                count = re.search(r"\d+", str(error))
+                pixels = f"too many pixels, {count[0]}" if count else "too many pixels"
+                raise ValueError(
+                    f"Got image {name} with {pixels}; need at most max_pixels = {self.max_pixels}; give a smaller one."
+                ) from error
 
     def process_image(self, image, num_channels: int | None = None, max_pixels: int | None = None, **kwargs: Any):
         """One PIL image, array or tensor -> array (c, h, w)."""

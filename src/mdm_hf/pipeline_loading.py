@@ -12,6 +12,9 @@ from .processing_mdm import MDMProcessor
 from .solvers import load_solver
 
 
+PROCESSOR_CONFIG = "processor_config.json"
+
+
 def load_parts(path, place: dict, access: dict, options: dict):
     """Model and processor of a folder or repository; of an adapter its base with the adapter on it.
 
@@ -28,6 +31,12 @@ def load_parts(path, place: dict, access: dict, options: dict):
         of_model = {name: value for name, value in options.items() if name not in place}
         return _load_adapted(path, adapter, place, access, of_model)
     model = MDMForMultiModalGeneration.from_pretrained(path, **options)
+    if read_json(path, PROCESSOR_CONFIG, **place, **access) is None:
+        raise ValueError(
+            f"Got {path} without {PROCESSOR_CONFIG}; need the processor beside the model, its tokenizer and the sizes "
+            "of its pictures; save one there with MDMProcessor(...).save_pretrained, or load the model alone with "
+            "AutoModel."
+        )
     return model, MDMProcessor.from_pretrained(path, **place, **access)
 
 
@@ -46,7 +55,7 @@ def _load_adapted(path, adapter: dict, place: dict, access: dict, of_model: dict
     if (saved := read_json(path, GENERATION_CONFIG, **place, **access)) is not None:
         model.generation_config = MDMGenerationConfig(**saved)
     model.scheduler = load_solver(path, **place, **access) or model.scheduler
-    has_own = read_json(path, "processor_config.json", **place, **access) is not None
+    has_own = read_json(path, PROCESSOR_CONFIG, **place, **access) is not None
     processor = MDMProcessor.from_pretrained(path if has_own else base, **(place if has_own else of_base), **access)
     return model, processor
 

@@ -13,8 +13,9 @@ Symbols
 """
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,42 @@ CLASSES = ("AutoencoderKL", "VQModel")
 FIELDS = ("class_name", "repo_id", "revision", "subfolder", "license", "config")
 SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "scaling_factor")
 PIXELS_AT_ONCE = 2**20  # bounds the memory: 16 images of 256x256, 4 of 512x512
+SHOWN = 5  # names of weights in a message
 
 
-def check_pixel_autoencoder(spec: dict, num_channels: int) -> None:
-    """Raises ValueError unless `spec` names an autoencoder whose latents are images of `num_channels` channels."""
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(is_one, value))
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+COUNT = (_is_count, "a whole number, 1 or more")
+FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of what is read of an autoencoder's config
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "latent_channels": COUNT,
+    "vq_embed_dim": COUNT,
+    "block_out_channels": (_are(_is_count), "a list of whole numbers, 1 or more"),
+    "scaling_factor": (_is_positive, "a finite number above 0"),
+    "shift_factor": (_is_number, "a finite number, or null"),
+    "latents_mean": (_are(_is_number), "a list of finite numbers, or null"),
+    "latents_std": (_are(_is_positive), "a list of finite numbers above 0, or null"),
+}
+
+
+def check_pixel_autoencoder(spec: dict, num_channels: int | None = None) -> None:
+    """Raises ValueError unless `spec` names an autoencoder whose latents are images of `num_channels` channels; of any
+    number if None."""
     if unknown := sorted(set(spec) - set(FIELDS)):
         raise ValueError(f"`pixel_autoencoder` has the unknown field(s) {unknown}; it knows {', '.join(FIELDS)}.")
     if spec.get("class_name") not in CLASSES:
@@ -44,27 +77,34 @@ def check_pixel_autoencoder(spec: dict, num_channels: int) -> None:
             "classes of diffusers; take another autoencoder, or convert it."
         )
     config = spec.get("config")
-    missing = [name for name in SIZES if not isinstance(config, dict) or not config.get(name)]
+    missing = [name for name in SIZES if not isinstance(config, dict) or config.get(name) is None]
     if missing:
         raise ValueError(
             f"`pixel_autoencoder` has a config without {', '.join(missing)}; it must be the whole config.json of the "
             "autoencoder; read it with MDMConfig.with_pixel_autoencoder."
         )
+    for name, (is_right, need) in FORMS.items():
+        if config.get(name) is not None and not is_right(config[name]):
+            raise ValueError(
+                f"`pixel_autoencoder` has a config with {name} {config[name]!r:.80}; it must be {need}; take the "
+                "config.json that the autoencoder was saved with."
+            )
     if config["in_channels"] != config["out_channels"] or config["in_channels"] not in (1, 3):
         raise ValueError(
             f"`pixel_autoencoder` takes {config['in_channels']} channels and gives {config['out_channels']}; both "
             "must be 1 (grey) or 3 (RGB); take another autoencoder."
         )
-    if latent_channels(spec) != num_channels:
+    if num_channels is not None and latent_channels(spec) != num_channels:
         raise ValueError(
             f"`pixel_autoencoder` makes latents of {latent_channels(spec)} channels, `vae_config.num_channels` is "
             f"{num_channels}; they must be equal; set `vae_config.num_channels` to {latent_channels(spec)}."
         )
     for name in ("latents_mean", "latents_std"):
-        if config.get(name) is not None and len(config[name]) != num_channels:
+        values = len(config.get(name) or [])
+        if values not in (0, latent_channels(spec)):
             raise ValueError(
-                f"`pixel_autoencoder` has {name} with {len(config[name])} values for {num_channels} channels; give "
-                "one a channel, or null."
+                f"`pixel_autoencoder` has {name} with {values} values for {latent_channels(spec)} channels; give one "
+                "a channel, or null."
             )
 
 
@@ -86,7 +126,7 @@ def read_pixel_autoencoder(
     The revision becomes the commit that it stands for, the licence is that of the repository's card, if it names one.
 
     Raises:
-        ValueError: there is no config of an AutoencoderKL or a VQModel.
+        ValueError: there is no config of an AutoencoderKL or a VQModel, or one with a setting that cannot be.
     """
     where = f"{repo_id}/{subfolder}" if subfolder else repo_id
     try:
@@ -112,7 +152,9 @@ def read_pixel_autoencoder(
         "license": _license(repo_id, revision, hub_options),
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
     }
-    return {name: value for name, value in spec.items() if value is not None}
+    spec = {name: value for name, value in spec.items() if value is not None}
+    check_pixel_autoencoder(spec)
+    return spec
 
 
 def _license(repo_id: str, revision: str | None, hub_options: dict) -> str | None:
@@ -136,7 +178,13 @@ class MDMPixelAutoencoder(nn.Module):
     def __init__(self, spec: dict):
         super().__init__()
         self.spec = spec
-        self.autoencoder = getattr(diffusers, spec["class_name"]).from_config(spec["config"])
+        try:
+            self.autoencoder = getattr(diffusers, spec["class_name"]).from_config(spec["config"])
+        except Exception as error:  # whatever a config that was never an autoencoder's makes diffusers raise
+            raise ValueError(
+                f"Got a `pixel_autoencoder` of whose config no {spec['class_name']} can be built "
+                f"({type(error).__name__}: {error}); need the config.json that the autoencoder was saved with."
+            ) from error
         self.register_buffer("is_loaded", torch.tensor(self.loaded_at_start))
         self.freeze()
 
@@ -160,7 +208,7 @@ class MDMPixelAutoencoder(nn.Module):
         """Fetches the weights from `source`, a folder or a Hub repository; by default from where the config says.
 
         Raises:
-            ValueError: none can be read, or they belong to another config.
+            ValueError: none can be read, they belong to another config, or one is missing, unknown or not finite.
         """
         spec = self.spec
         where = source or spec.get("repo_id")
@@ -169,12 +217,26 @@ class MDMPixelAutoencoder(nn.Module):
         if source is None:
             hub_options = {name: spec[name] for name in ("revision", "subfolder") if name in spec} | hub_options
         try:
-            loaded = type(self.autoencoder).from_pretrained(where, use_safetensors=True, **hub_options)
+            loaded, report = type(self.autoencoder).from_pretrained(
+                where, use_safetensors=True, output_loading_info=True, **hub_options
+            )
         except Exception as error:  # OSError, SafetensorError, and whatever a wrong config makes diffusers raise
             raise ValueError(
                 f"Got {where}, of which no {spec['class_name']} can be loaded ({error}); need whole safetensors and "
                 "the config.json that belongs to them; push or download them again."
             ) from error
+        held = {name: weight for name, weight in loaded.state_dict().items() if name not in report["missing_keys"]}
+        broken = [name for name, weight in held.items() if not bool(weight.isfinite().all())]
+        for names, what in (
+            (report["missing_keys"], "without the weights"),
+            (report["unexpected_keys"], "with weights of unknown names:"),
+            (broken, "with values that are not finite in"),
+        ):
+            if names:
+                raise ValueError(
+                    f"Got {where} {what} {_some(names)}; need those of its {spec['class_name']}, whole; push or "
+                    "download them again."
+                )
         ours, theirs = dict(self.autoencoder.config), dict(loaded.config)
         differing = [name for name in ours if not name.startswith("_") and _plain(ours[name]) != _plain(theirs[name])]
         if differing:
@@ -246,6 +308,12 @@ class MDMPixelAutoencoder(nn.Module):
 def _slices(images: Tensor, area: int) -> Iterator[Tensor]:
     """`images` in batches of at most `PIXELS_AT_ONCE` pixels, one image at least."""
     yield from images.split(max(1, PIXELS_AT_ONCE // area))
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    listed = sorted(names)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
 
 def _plain(value: Any) -> Any:

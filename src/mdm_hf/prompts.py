@@ -46,8 +46,8 @@ def whole_number(name: str, value, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if not least <= number < 2**63:
-        upper = "" if number < 2**63 else " and below 2**63"
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, {least} or more{upper}.")
+        most = ", below 2**63" if number >= 2**63 else ""
+        raise ValueError(f"`{name}` is {value!r:.80}; it must be a whole number, {least} or more{most}.")
     return number
 
 

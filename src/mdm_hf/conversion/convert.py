@@ -16,19 +16,20 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
-from ..generation_configuration_mdm import MDMGenerationConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..pixel_autoencoder import CLASSES
 from ..processing_mdm import MDMProcessor
-from ..solvers import load_solver
-from .files import PICKLES, check_apart, new_file, new_folder, read_pickle
+from ..prompts import whole_number
+from ..publishing.card import is_of_weights
+from .files import PICKLES, check_apart, check_shard_size, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
 from .sentencepiece_model import from_sentencepiece, to_sentencepiece
 from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
@@ -52,7 +53,22 @@ def convert(
     seed: int = 0,
     overwrite: bool = False,
 ) -> str:
-    """Converts `source` to `target`; see the module, and `mdm convert --help` for the arguments.
+    """Converts a checkpoint of one format to another; the table at the top of the file says which.
+
+    Args:
+        source: A file or folder; what it is, its ending and its config.json say: see `kind_of`.
+        target: A new folder, or a file whose ending says what it becomes: .pt, .pth, .bin or .ckpt, .model,
+            .safetensors. No symbolic link.
+        kind: What `target` becomes, "mdm", "training", "mamba2", "autoencoder" or "sentencepiece"; by its ending if
+            None.
+        like: Folder or preset that gives what the source has not: the config, weights of the rest, the processor.
+        use: "ema" or "model" of a training checkpoint; its average if None and it has one.
+        dtype: "float32", "bfloat16" or "float16" of the weights in a folder; as they are if None. A, D and the bias of
+            dt stay in float32.
+        max_shard_size: Of a file of weights in a folder: a number with KB, MB, GB or TB.
+        direction: Of a block of ours, the scan direction, from 0, that a Mamba-2 gets.
+        seed: Of weights that neither the source nor `like` has.
+        overwrite: Put the result in the place of what is at `target`, once it is whole.
 
     Returns:
         What was made of what, in words.
@@ -62,6 +78,8 @@ def convert(
             there before.
         OSError: what cannot be read or written.
     """
+    whole_number("seed", seed, least=0)
+    check_shard_size(max_shard_size)
     came = kind_of(source)
     check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
     by_name = {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}
@@ -98,15 +116,15 @@ def convert(
     elif goes != "mdm":
         raise ValueError(f"Got {done}, for which there is no conversion; need one end of it to be a model of ours.")
     elif came == "mdm":
-        _rewrite(source, target, dtype, max_shard_size, overwrite)
+        if left := _rewrite(source, target, dtype, max_shard_size, overwrite):
+            done += f"; left out {', '.join(left)}, which tell of the other weights: `mdm card` tells of these"
     else:
         model = _read(source, came, like, use, seed)
         if like is not None and Path(like).is_dir():
-            model.generation_config = MDMGenerationConfig.from_pretrained(like)
-            model.scheduler = load_solver(like)
+            model.adjust_generation_fn(None, False, False, like)
         if dtype is not None:
             model = _cast(model, dtype)
-        processor = _processor(like)
+        processor = _processor(like, model.config)
         with new_folder(target, overwrite) as folder:
             saved = MDMPipeline(model, processor, device="cpu") if processor else model
             saved.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -118,7 +136,10 @@ def convert(
 
 
 def kind_of(source: Path) -> str:
-    """What a file or folder is.
+    """What a file or folder is: "mdm", "training", "mamba2", "autoencoder" or "sentencepiece".
+
+    Args:
+        source: The file or folder. Of a pickle the names of the weights decide, of a folder its config.json.
 
     Raises:
         ValueError: nothing that is known.
@@ -169,12 +190,25 @@ def _read(source: Path, came: str, like: str | None, use: str | None, seed: int)
             model = MDMForMultiModalGeneration(_config(like))
         start_from_mamba2(model, read_mamba2(source, model.config.rms_norm_eps))
         return model.eval()
-    config = _config(like).with_pixel_autoencoder(str(source))
+    before = _config(like)
+    config = before.with_pixel_autoencoder(str(source))
+    channels, wanted = before.vae_config.num_channels, config.vae_config.num_channels
+    if is_trained and channels != wanted:
+        raise ValueError(
+            f"Got {source} with latents of {wanted} channels and --like {like}, whose weights take patches of "
+            f"{channels}; need as many; give --like a preset or a folder without weights, or another autoencoder."
+        )
     model = MDMForMultiModalGeneration(config)
     if is_trained:
-        own = {name: value for name, value in model.state_dict().items() if ".pixel_autoencoder." in name}
-        model = assembled(read_model(Path(like)).state_dict() | own, config)
+        weights = model.state_dict() | {
+            name: value for name, value in read_model(Path(like)).state_dict().items() if not _is_of_pixels(name)
+        }
+        model = assembled(weights, config)
     return model.load_pixel_autoencoder(str(source)).eval()
+
+
+def _is_of_pixels(name: str) -> bool:
+    return ".pixel_autoencoder." in name
 
 
 def _config(like: str) -> MDMConfig:
@@ -185,9 +219,29 @@ def _config(like: str) -> MDMConfig:
     return MDMConfig.from_pretrained(like)
 
 
-def _processor(like: str | None) -> MDMProcessor | None:
-    has_one = like is not None and (Path(like) / "processor_config.json").is_file()
-    return MDMProcessor.from_pretrained(like) if has_one else None
+def _processor(like: str | None, config: MDMConfig | None = None) -> MDMProcessor | None:
+    """The processor of a folder; for a `config` with as many patches as there, but of its pixels: with another
+    autoencoder in front they are larger or smaller, and may have other channels."""
+    if like is None or not (Path(like) / "processor_config.json").is_file():
+        return None
+    processor = MDMProcessor.from_pretrained(like)
+    if config is None:
+        return processor
+    images, patch = processor.image_processor, config.pixel_patch_size
+    fitting: dict[str, Any] = {
+        "num_channels": config.image_channels,
+        "patch_size": patch,
+        "downsampling": config.pixel_downsampling,
+    }
+    if fitting != {name: getattr(images, name) for name in fitting}:
+        height, width = (side // images.patch_size * patch for side in (images.size.height, images.size.width))
+        fitting["size"] = {"height": height, "width": width}
+        if isinstance(images.aspect_ratio_buckets, list):
+            fitting["aspect_ratio_buckets"] = [
+                [side // images.patch_size * patch for side in bucket] for bucket in images.aspect_ratio_buckets
+            ]
+        processor.image_processor = type(images).from_dict(images.to_dict() | fitting)
+    return processor
 
 
 def _cast(model: MDMForMultiModalGeneration, dtype: str) -> MDMForMultiModalGeneration:
@@ -207,22 +261,29 @@ def _cast(model: MDMForMultiModalGeneration, dtype: str) -> MDMForMultiModalGene
     return model
 
 
-def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> None:
-    """A folder of ours in another dtype or in other files; what else it holds comes along."""
+def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str, overwrite: bool) -> list[str]:
+    """A folder of ours in another dtype or in other files; what else it holds comes along, but for what tells of
+    weights that these no longer are, whose names are returned."""
     saved = read_model(source)
+    before = [weight.dtype for weight in saved.state_dict().values()]
     if dtype is not None:
         saved = _cast(saved, dtype)
+    is_other = before != [weight.dtype for weight in saved.state_dict().values()]
     if (processor := _processor(str(source))) is not None:
         saved = MDMPipeline(saved, processor, device="cpu")
+    left = []
     with new_folder(target, overwrite) as folder:
         saved.save_pretrained(folder, max_shard_size=max_shard_size)
-        for path in source.iterdir():
+        for path in sorted(source.iterdir()):
             is_weights = (path.name.endswith(WEIGHTS) and path.name != STATE) or re.fullmatch(
                 r"__pycache__|\..*", path.name
             )
             if is_weights or (folder / path.name).exists():
                 continue
-            if path.is_dir():
+            if is_other and is_of_weights(path):
+                left.append(path.name)
+            elif path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
                 shutil.copy(path, folder)
+    return left

@@ -3,7 +3,7 @@
 - A pickle is read with `weights_only=True`: it runs nothing, and one that asks for more than tensors is refused.
 - A `.pt` of torch is an archive of uncompressed records. One whose records are longer than the file itself is refused
   before anything is read of it.
-- What is written lies in a folder beside its place until it is whole.
+- What is written lies in a folder beside its place until it is whole, and is then as open to others as the umask says.
 """
 
 import json
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     aside = unfinished.with_name(f"{unfinished.name}-before")
     try:
         yield unfinished
-        unfinished.chmod(0o755)  # not as narrow as a temporary folder's
+        _open_as_others(unfinished)
         if target.is_dir():
             target.rename(aside)
         try:
@@ -168,22 +168,54 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         yield unfinished
+        _open_as_others(unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _open_as_others(made: Path) -> None:
+    """Gives a file, or a folder with all in it, the modes that the umask asks for: what was made as temporary, weights
+    among it, is its owner's alone, what was copied has another's."""
+    with TemporaryDirectory(prefix=f".{made.name}-", dir=made.parent) as name:  # the umask itself cannot be read alone
+        probe = Path(name)
+        (probe / "folder").mkdir()
+        (probe / "file").touch()
+        modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in probe.iterdir()}
+    for path in (made, *made.rglob("*")):
+        path.chmod(modes[path.is_dir()])
 
 
 def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
     """The whole path of `target`, and its parent there."""
     wanted = "folder" if is_folder else "file"
     whole = target.absolute()
+    if whole.is_symlink():
+        raise ValueError(
+            f"Got {target} to write, which is a symbolic link to {whole.readlink()}; need a {wanted} itself, since "
+            "what is made is moved into its place at last, and would replace the link and leave what it points to as "
+            f"it was; give {whole.resolve()}, or another name."
+        )
     is_used = whole.is_file() or (whole.is_dir() and any(whole.iterdir()))
     if is_used and not overwrite:
         raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
-    if whole.is_symlink() or (whole.exists() and not (whole.is_dir() if is_folder else whole.is_file())):
+    if whole.exists() and not (whole.is_dir() if is_folder else whole.is_file()):
         raise ValueError(f"Got {target} to write, which is there and no {wanted}; need a {wanted}; give another name.")
     whole.parent.mkdir(parents=True, exist_ok=True)
     return whole
+
+
+def check_shard_size(given: str | int) -> None:
+    """Refuses what is no size of a file, "2GB" or a number of bytes, before anything is read or made for it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", str(given).strip(), re.IGNORECASE)
+    if not (float(size[1]) > 0 if size else type(given) is int and given > 0):
+        raise ValueError(
+            f"Got --max-shard-size {given!r}; need a number above 0 with KB, MB, GB or TB, such as 2GB; give that."
+        )
 
 
 def check_apart(target: Path, *others: Path) -> None:

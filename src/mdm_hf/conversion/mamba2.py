@@ -96,14 +96,18 @@ def read_mamba2(path: Path, rms_norm_eps: float = 1e-5) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as Python has it: transformers writes infinity as {"__float__": "Infinity"}."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
+    """A setting as Python has it: transformers writes infinity as {"__float__": "Infinity"}. What is neither stays."""
+    if isinstance(value, dict) and value.get("__float__") in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tensor]) -> None:
     """Gives a model's blocks and last norm the weights of a Mamba-2; the dtype stays the model's.
+
+    Args:
+        model: Is changed in place; its blocks are of "mamba" and share their projections.
+        weights: As `read_mamba2` gives them: names and shapes of the table at the top of the file.
 
     Raises:
         ValueError: `scan_sharing` is "independent"; blocks, width, state or heads differ, by the weight's name.
@@ -130,7 +134,11 @@ def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tens
 
 
 def to_mamba2(model: MDMForMultiModalGeneration, direction: int = 0) -> dict[str, Tensor]:
-    """One direction of a model's blocks by state-spaces' names.
+    """One direction of a model's blocks by state-spaces' names, in the shapes of the table at the top of the file.
+
+    Args:
+        model: One whose blocks share their projections.
+        direction: Of the scan, from 0.
 
     Raises:
         ValueError: there is no such direction, or no one projection that is its own.

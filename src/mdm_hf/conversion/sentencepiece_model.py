@@ -25,6 +25,9 @@ SPECIAL = (PAD, BOS, EOS, UNK, *CONTROL_TOKENS.values())
 def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a `.model` with our control tokens.
 
+    Args:
+        path: The `.model`.
+
     Raises:
         ValueError: it is not whole, no unigram model, or has other control tokens.
     """
@@ -64,6 +67,9 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
 
 def to_sentencepiece(folder: Path) -> bytes:
     """The serialised SentencePiece model of a folder's tokenizer.json.
+
+    Args:
+        folder: With tokenizer.json.
 
     Raises:
         ValueError: there is none, or it is not of the kind that `to_fast_tokenizer` makes.

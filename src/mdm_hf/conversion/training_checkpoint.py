@@ -24,10 +24,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..checkpoints import RENAMED_WEIGHTS
-from ..configuration_mdm import MDMConfig
-from ..generation_configuration_mdm import MDMGenerationConfig
+from ..configuration_mdm import MDMConfig, why_refused
 from ..modeling_mdm import MDMForMultiModalGeneration
-from ..solvers import load_solver
 from ..training.assembly import freeze
 from .files import read_folder, read_pickle, read_safetensors, tensors_of
 from .keys import KeyTable, check_weights, some
@@ -47,6 +45,7 @@ INSIDE_EMA = ("shadow", "module", "state_dict")
 NOT_WEIGHTS = {"n_averaged"}  # torch's AveragedModel counts in its state dict
 NEVER_TRAINED = re.compile(r"pixel_autoencoder|modality_gate")
 RAW = "mdm_hf.raw_model"  # in the state that is kept: the weights beside the average that became the model's
+OF_FOLDERS = {"saved_with", "custom_pipelines", "auto_map"}  # in a config.json, and made anew with each folder
 STATE, EMA = "training_state.pt", "ema.safetensors"
 
 
@@ -98,6 +97,9 @@ def from_training(path: Path, config: MDMConfig | None = None, use: str | None =
 def to_training(folder: Path) -> dict:
     """What `torch.save` is to write of a model's folder: "model", "config", and "ema" where the folder has one.
 
+    Args:
+        folder: As `save_pretrained` or `mdm convert` wrote it.
+
     Raises:
         ValueError: weights that are not whole, or not those of the config.
     """
@@ -134,15 +136,17 @@ def _average(given: dict[str, Tensor], model: MDMForMultiModalGeneration, where:
 def read_model(folder: Path) -> MDMForMultiModalGeneration:
     """The model of a folder of ours, each weight in the dtype that it has there.
 
+    Args:
+        folder: With config.json and weights.
+
     Raises:
-        ValueError: weights that are not whole, or not those of the config.
+        ValueError: weights that are not whole, or not those of the config; a file that it was saved with is missing.
     """
     weights = read_folder(folder)
     for old, new in RENAMED_WEIGHTS.items():
         weights = {re.sub(old, new, name): value for name, value in weights.items()}
     model = assembled(weights, MDMConfig.from_pretrained(folder))
-    model.generation_config = MDMGenerationConfig.from_pretrained(folder)
-    model.scheduler = load_solver(folder)
+    model.adjust_generation_fn(None, False, False, folder)  # how it samples, as `from_pretrained` reads it
     return model
 
 
@@ -190,9 +194,11 @@ def _inside(ema: dict) -> Any:
 
 def _config(fields: dict, path: Path) -> MDMConfig:
     known = {name: value for name, value in fields.items() if name in MDMConfig.__dataclass_fields__}
-    if ignored := set(fields) - set(known) - {"model_type", "transformers_version", "architectures", "dtype"}:
-        logger.warning(f"{path}: these of its options are none of MDMConfig, and left: {some(ignored)}.")
+    if ignored := set(fields) - set(known) - set(MDMConfig().to_dict()) - OF_FOLDERS:
+        logger.warning(f"{path}: left options that are none of MDMConfig: {some(ignored)}.")
     try:
         return MDMConfig(**known)
     except Exception as error:  # transformers' strict dataclasses raise classes of their own
-        raise ValueError(f"Got {path} with a config that is refused ({error}); need fields of MDMConfig.") from error
+        raise ValueError(
+            f"Got {path} with a config that is refused ({why_refused(error)}); need fields of MDMConfig."
+        ) from error

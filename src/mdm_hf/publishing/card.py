@@ -21,7 +21,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
-from .examples import checkpoint_hash, drawn_examples
+from .adapter import Adapter, is_template, read_adapter, usage
+from .examples import EXAMPLES, FOLDER, checkpoint_hash, drawn_examples
 
 
 CARD, NOTES_FILE, SPEED = "README.md", "card.yaml", "speed.json"
@@ -66,6 +67,9 @@ PAPER = """@article{mdm,
 
 def read_notes(folder: Path) -> dict:
     """card.yaml of a folder, with `NOTES` for what it leaves out.
+
+    Args:
+        folder: The model's; where no name is given, the folder's own is the name.
 
     Raises:
         ValueError: it is no YAML mapping, or has a key that is none of `NOTES`.
@@ -154,19 +158,29 @@ def check_readme(folder: Path, overwrite: bool = False) -> Path:
 
 
 def is_generated(path: Path) -> bool:
-    """Whether a README.md is one of ours."""
-    return MADE_BY in path.read_text(encoding="utf-8")
+    """Whether a README.md is one of ours, or PEFT's that says nothing: one that nobody wrote."""
+    text = path.read_text(encoding="utf-8")
+    return MADE_BY in text or is_template(text)
+
+
+def is_of_weights(path: Path) -> bool:
+    """Whether a file or folder beside a model's weights tells what these were measured to do, or made: true of no
+    others, not even of the same in another dtype."""
+    return path.name in (CARD, SPEED, EXAMPLES, FOLDER) or path.match("*scores*.json")
 
 
 def card_of(folder: Path, repo_id: str | None = None) -> str:
     """The card's text: front matter and sections.
 
     Raises:
-        ValueError: scores or examples are of other weights than the folder's; no config.json.
+        ValueError: scores or examples are of other weights than the folder's; neither an MDM nor an adapter of one.
     """
-    if not (folder / "config.json").is_file():
+    adapter = read_adapter(folder)
+    if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
-    notes, config = read_notes(folder), MDMConfig.from_pretrained(folder)
+    notes = read_notes(folder)
+    if adapter is not None and notes["summary"] == NOTES["summary"]:
+        notes["summary"] = f"A {adapter.kind} adapter of {adapter.base}. {NOTES['summary']}"
     place = repo_id or folder.as_posix()
     is_trained = checkpoint_hash(folder) is not None
     results, examples = list(_results(folder)), drawn_examples(folder, notes["examples"])
@@ -175,12 +189,11 @@ def card_of(folder: Path, repo_id: str | None = None) -> str:
         f"# {notes['name']}",
         notes["summary"].strip(),
         f"![Samples]({notes['picture']})" if notes["picture"] else "",
-        *(_usage(place, repo_id is not None, examples) if is_trained else _untrained(place, notes["name"])),
+        *_how_to_use(place, repo_id is not None, examples, adapter, is_trained, notes["name"]),
         *(["## What it makes", _example_table(examples)] if examples else []),
         *_score_sections(results, notes["scores"]),
         *_speed_section(folder),
-        "## Model",
-        _sizes(config),
+        *(["## Adapter", _table([["", ""], *adapter.rows])] if adapter else ["## Model", _sizes(folder)]),
         *(["## Training", *_training(folder, notes)] if is_trained else []),
         "## Intended use",
         notes["intended_use"].strip(),
@@ -190,7 +203,7 @@ def card_of(folder: Path, repo_id: str | None = None) -> str:
         f"```bibtex\n{PAPER}\n```",
     ]
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{_front_matter(notes, results, examples).to_yaml()}\n---\n{body}\n"
+    return f"---\n{_front_matter(notes, results, examples, adapter).to_yaml()}\n---\n{body}\n"
 
 
 def check_card(text: str, folder: Path) -> None:
@@ -233,7 +246,9 @@ def check_card(text: str, folder: Path) -> None:
         raise ValueError(f"Got a card with {'; '.join(faults)}; need one that the Hub accepts; mend {NOTES_FILE}.")
 
 
-def _front_matter(notes: dict, results: list[dict], examples: list[dict]) -> ModelCardData:
+def _front_matter(
+    notes: dict, results: list[dict], examples: list[dict], adapter: Adapter | None = None
+) -> ModelCardData:
     widget = []
     for example in examples:
         entry = {"text": example["text"]} if "text" in example else {}
@@ -246,9 +261,10 @@ def _front_matter(notes: dict, results: list[dict], examples: list[dict]) -> Mod
             widget.append(entry | title | {"output": output})
     return ModelCardData(
         license=notes["license"],
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
+        base_model=adapter.base if adapter else None,
         pipeline_tag=OTHER_TASK,
-        tags=TAGS + notes["tags"],
+        tags=TAGS + ([adapter.kind.lower()] if adapter else []) + notes["tags"],
         language=notes["language"],
         datasets=notes["datasets"] or None,
         widget=widget or None,
@@ -353,9 +369,15 @@ def _speed_section(folder: Path) -> list[str]:
     ]
 
 
-def _usage(place: str, is_on_hub: bool, examples: list[dict]) -> list[str]:
+def _how_to_use(
+    place: str, is_on_hub: bool, examples: list[dict], adapter: Adapter | None, is_trained: bool, name: str
+) -> list[str]:
+    if not is_trained:
+        return _untrained(place, name)
     files = f"https://huggingface.co/{place}/resolve/main" if is_on_hub else place
     calls = [f"pipe({_arguments(example, files)})[0]" for example in examples[:4]] or ["pipe(seed=0)[0]"]
+    if adapter is not None:
+        return usage(place, adapter, calls)
     lines = ["from mdm_hf import MDMPipeline", "", f'pipe = MDMPipeline.from_pretrained("{place}")', *calls]
     sections = [
         "## Use",
@@ -401,7 +423,8 @@ def _example_table(examples: list[dict]) -> str:
     return _table(rows) + "\n\nEach is what these weights make of it with the seed that was given; none was picked."
 
 
-def _sizes(config: MDMConfig) -> str:
+def _sizes(folder: Path) -> str:
+    config = MDMConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = MDMForMultiModalGeneration(config)
     count = sum(parameter.numel() for parameter in model.parameters())

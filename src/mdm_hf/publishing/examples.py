@@ -89,7 +89,7 @@ def _check_picture(folder: Path, name: Any) -> None:
     try:
         with Image.open(folder / name) as image:
             image.load()
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Got {folder / name}, which Pillow cannot read ({error}); need a whole picture.") from error
 
 

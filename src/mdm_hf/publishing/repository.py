@@ -21,10 +21,12 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import AGAIN
+from ..checkpoints import AGAIN, SOLVER
 from ..configuration_mdm import MDMConfig
+from ..conversion.files import check_shard_size
 from ..conversion.training_checkpoint import read_model
 from ..pipeline_mdm import MDMPipeline
+from .adapter import FILES, read_adapter
 from .card import CARD, NOTES_FILE, SPEED, card_of, check_card, is_generated, read_notes
 from .examples import EXAMPLES, FOLDER, checkpoint_hash, draw_examples
 
@@ -39,18 +41,27 @@ def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[
     """A temporary folder with all that is to be pushed of the model in `folder`.
 
     Args:
-        folder: A trained model with its processor; or config.json alone, of a model that is untrained.
+        folder: A trained model with its processor; config.json alone, of a model that is untrained; or a PEFT adapter.
         repo_id: Named in the code that the card shows.
+        max_shard_size: Of a file of weights.
 
     Raises:
-        ValueError: a model that does not load, a card that the Hub would refuse.
+        ValueError: a model that does not load, a size that is none, a card that the Hub would refuse.
     """
-    if not (folder / "config.json").is_file():
+    adapter = read_adapter(folder)
+    if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
     check_names(repo_id)
+    check_shard_size(max_shard_size)
     with TemporaryDirectory(prefix="mdm-push-") as name:
         target = Path(name)
-        if checkpoint_hash(folder) is None:
+        if adapter is not None:  # as it lies there: its base, on the Hub, brings the code, an endpoint would lack it
+            for path in folder.iterdir():
+                if path.is_file() and path.suffix in FILES:
+                    shutil.copy(path, target)
+            if (folder / SOLVER).is_file():
+                shutil.copytree((folder / SOLVER).parent, (target / SOLVER).parent)
+        elif checkpoint_hash(folder) is None:
             MDMConfig.from_pretrained(folder).save_pretrained(name)
         else:
             read_model(folder)  # names, shapes and numbers of the weights: what is missing would be made at random
@@ -159,7 +170,7 @@ def pull(
 
     Args:
         repo_id: owner/name.
-        folder: New, or of an earlier pull, which then goes on.
+        folder: New, or of an earlier pull, which then goes on. A symbolic link is followed.
         revision: Branch, tag or commit; main if None.
         overwrite: Write into a folder that holds other things.
         token: The one that `hf auth login` keeps if None.
@@ -168,9 +179,11 @@ def pull(
         The folder.
 
     Raises:
-        ValueError: the folder holds other things; weights that are missing or not whole.
+        ValueError: the folder holds other things, or is none; weights that are missing or not whole.
         OSError: the Hub refuses, or is not reached.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Got {folder} to pull into, which is there and no folder; need a folder; give another name.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_dir() and not overwrite:
         raise ValueError(
             f"Got {folder}, which holds other things than an earlier pull; need a new folder; name one, or give "

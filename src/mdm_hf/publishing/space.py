@@ -115,6 +115,7 @@ def launch(app: gr.Blocks, concurrency: int = 1, max_queue: int = QUEUE, **optio
     """Starts the pages that `build` made.
 
     Args:
+        app: What `build` returned.
         concurrency: Calls of the network at a time.
         max_queue: Requests that may wait.
         options: Of `gradio.Blocks.launch`: server_name, server_port, share, prevent_thread_lock, ...

@@ -38,23 +38,37 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 @dataclass(frozen=True)
 class Look:
-    """Samples while they form, and at last as they are."""
+    """Samples while they form, and at last as they are.
+
+    Args:
+        results: A {"text": [...], "images": [...]} for each sample.
+        seed: Of the first; of sample n it is seed + n.
+        calls: Of the network so far.
+        is_done: Whether this is the last look.
+        decided: What the model itself chose to make, in words.
+    """
 
     results: list[dict]
-    seed: int  # of the first; of sample n it is seed + n
-    calls: int  # of the network so far
+    seed: int
+    calls: int
     is_done: bool
-    decided: str = ""  # what the model itself chose to make
+    decided: str = ""
 
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation: its last messages as {"role", "content"} with HTML, and what the model remembers."""
+    """A conversation.
+
+    Args:
+        messages: The last of them, each {"role", "content"} with HTML.
+        memory: What the model remembers, of one size however long it is.
+    """
 
     messages: tuple[dict, ...] = ()
     memory: MDMConversationState | None = None
 
     def with_messages(self, *more: dict, memory: MDMConversationState | None = None) -> "Talk":
+        """The conversation with more messages and another memory."""
         return Talk((*self.messages, *more)[-MESSAGES_SHOWN:], memory)
 
 
@@ -73,7 +87,11 @@ class Model:
 
 
 def model_of(pipe: MDMPipeline) -> Model:
-    """What card.yaml beside the weights says; without one, the name and examples that any such model can draw."""
+    """What card.yaml beside the weights says; without one, the name and examples that any such model can draw.
+
+    Args:
+        pipe: The model's pipeline, whose `name_or_path` is looked at.
+    """
     place = str(pipe.model.name_or_path or "mdm")
     found = _file(place, NOTES_FILE)
     notes = read_notes(Path(found).parent) if found else NOTES
@@ -365,6 +383,9 @@ def _seed(value: Any) -> int:
 def read_marks(caption: str) -> tuple[str, list[tuple[int, int | None]]]:
     """A caption without its brackets, and the characters in them: "a [small] three" -> "a small three", [(2, 7)]. What
     [...] at the end stands for has no end: None.
+
+    Args:
+        caption: On one line.
 
     Raises:
         ValueError: nothing is marked, a mark is empty, a bracket stands alone, something follows [...].
