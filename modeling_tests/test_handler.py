@@ -176,7 +176,7 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
         ({"inputs": {"class": "3"}}, "Got the class '3'; need a whole number"),
         (
             {"inputs": "a three", "parameters": {"scheduler": "VQDiffusionScheduler"}},
-            "`scheduler` is 'VQDiffusionScheduler', which needs more than betas",
+            "`scheduler` is 'VQDiffusionScheduler', which cannot be made from the model's betas",
         ),
     ],
 )

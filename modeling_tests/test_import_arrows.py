@@ -94,8 +94,8 @@ ARROWS: dict[str, set[str]] = {
     "conversations": set(),
     "processing_options": {"image_processing_mdm"},
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
-    "choice_scores": {"scoring_mdm"},
-    "dialogue": {"conversation_state", "conversations", "prompts"},
+    "choice_scores": {"prompts", "scoring_mdm"},
+    "dialogue": {"conversation_state", "conversations", "input_checks", "prompts"},
     "pipeline_loading": PROCESSING | MODELS | {"checkpoints", "generation_configuration_mdm", "solvers"},
     "pipeline_mdm": PROCESSING
     | {"checkpoints", "choice_scores", "conversation_state", "dialogue", "generation_configuration_mdm"}

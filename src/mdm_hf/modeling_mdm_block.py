@@ -12,6 +12,7 @@ Symbols
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,8 @@ class MDMConditionCache:
 
     def take(self, rows: Tensor) -> "MDMConditionCache":
         """A cache of the `rows` (p,) of this one; a row may be taken many times."""
-        held = vars(self).items()
-        return MDMConditionCache(**{name: v[rows] if isinstance(v, Tensor) else v for name, v in held})
+        taken: dict[str, Any] = {name: v[rows] if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return MDMConditionCache(**taken)
 
     def complete(self, projected: list[Tensor]) -> list[Tensor]:
         """Projections (b, n, c) of the live positions -> (b, m, c) of the whole target group, remembered."""

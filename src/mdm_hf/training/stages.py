@@ -119,8 +119,8 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
     last = [name for name in names if name not in OF_FITTED][-1:]
     if last and (root / "final").is_dir() and not (root / last[0]).is_dir():
         raise ValueError(
-            f"Got {root / 'final'}, which is not of stage {last[0]}, as that has no folder beside it; need none, since "
-            "it would pass for what that stage makes; move it away to resume."
+            f"Got {root / 'final'}, which is not of stage {last[0]}, as that has no folder beside it; need none, "
+            "as it would pass for what that stage makes; move it away to resume."
         )
     kept = root / "recipe.yaml"
     if used and kept.is_file():
