@@ -57,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "input_checks": CONFIGURATION | {"sequence_layout"},
     "checkpoints": set(),
     "prompts": set(),
+    "watching": set(),
     "solvers": CONFIGURATION | {"checkpoints"},
     "step_calibration": CONFIGURATION | {"sequence_layout", "scan_switch"},
     "generation_configuration_mdm": {"step_calibration"},
@@ -95,11 +96,11 @@ ARROWS: dict[str, set[str]] = {
     "processing_options": {"image_processing_mdm"},
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
     "choice_scores": {"prompts", "scoring_mdm"},
-    "dialogue": {"conversation_state", "conversations", "input_checks", "prompts"},
+    "dialogue": {"conversation_state", "conversations", "input_checks", "prompts", "watching"},
     "pipeline_loading": PROCESSING | MODELS | {"checkpoints", "generation_configuration_mdm", "solvers"},
     "pipeline_mdm": PROCESSING
     | {"checkpoints", "choice_scores", "conversation_state", "dialogue", "generation_configuration_mdm"}
-    | {"pipeline_loading", "prompts", "solvers"},
+    | {"pipeline_loading", "prompts", "solvers", "watching"},
 }
 ARROWS["__init__"] = set(ARROWS)
 CORE = set(ARROWS) - {"__init__", "ssd_kernels"} - LAYOUT

@@ -11,6 +11,7 @@ from .conversation_state import MDMConversationState
 from .conversations import AUTO, MODALITIES, as_modalities
 from .input_checks import check_state
 from .prompts import first_seed, whole_number
+from .watching import watched
 
 
 OF_PIPELINE = ("canvas", "class_ids", "num_return_sequences", "batch_size")  # of a call of the pipeline, not of a turn
@@ -112,7 +113,8 @@ class MDMDialogue:
         """
         said = self._said(text, images, messages)
         draw = self._drawer(said, generate, seed, **options)
-        looks = self.pipe.watched(lambda look: self.pipe.postprocess(draw(look)), callback_on_step_end)
+        shown = self.pipe.postprocess
+        looks = watched(lambda look: shown(draw(look)), shown, callback_on_step_end)
 
         def taken() -> Iterator[dict]:
             answer: dict = {}

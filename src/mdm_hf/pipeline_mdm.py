@@ -6,8 +6,6 @@
 """
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -27,6 +25,7 @@ from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
 from .prompts import CONDITIONS, first_seed, read_prompts, whole_number
 from .solvers import solver_named
+from .watching import watched
 
 
 TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows MDMPipeline
@@ -235,31 +234,11 @@ class MDMPipeline(Pipeline):
                 "`predict_modalities` first, or call the pipeline itself."
             )
         first = first_seed(seed)
-        return self.watched(
+        return watched(
             lambda look: self._batch(prompts, first, for_processor, for_generate | {"callback_on_step_end": look}),
+            self.postprocess,
             callback_on_step_end,
         )
-
-    def watched(
-        self, draw: Callable[[Callable], list[dict]], callback: Callable | None = None
-    ) -> Iterator[list[dict]]:
-        """What `draw(look)` returns, at last; before it, what `look`, its callback after a step, sees forming.
-
-        Args:
-            draw: Draws samples, and calls its argument after each step as `callback_on_step_end`.
-            callback: Another callback, which runs before.
-        """
-
-        def run(show: Callable[[list[dict]], None]):
-            def look(model, step, timesteps, tensors):
-                changed = None if callback is None else callback(model, step, timesteps, tensors)
-                if any(timesteps):  # all are 0 when the samples are done
-                    show(self.postprocess(tensors["decode"]()))
-                return changed
-
-            show(draw(look))
-
-        return _shown(run)
 
     def chat(self, state: str | os.PathLike | MDMConversationState | None = None) -> MDMDialogue:
         """A conversation whose past is remembered as a state of fixed size; `state` is that of an earlier one, or the
@@ -427,36 +406,3 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
-
-
-def _shown(draw: Callable[[Callable], None]) -> Iterator:
-    """What `draw(show)` shows, one at a time; it runs in a thread, and only while the next is waited for."""
-    shown: queue.SimpleQueue = queue.SimpleQueue()
-    asked: queue.SimpleQueue = queue.SimpleQueue()
-
-    def show(item):
-        shown.put((item, None))
-        if not asked.get():
-            raise GeneratorExit
-
-    def work():
-        try:
-            draw(show)
-            shown.put((None, StopIteration()))
-        except BaseException as error:
-            shown.put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = shown.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-            asked.put(True)
-    finally:
-        asked.put(False)
-        thread.join()
