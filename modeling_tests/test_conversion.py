@@ -30,6 +30,7 @@ from mdm_hf.conversion.convert import convert
 from mdm_hf.conversion.files import new_file, new_folder, read_folder
 from mdm_hf.conversion.keys import KeyTable, check_weights
 from mdm_hf.conversion.mamba2 import start_from_mamba2, to_mamba2
+from mdm_hf.publishing.examples import checkpoint_hash
 from mdm_hf.sequence_layout import ScanPlan
 from mdm_hf.training.assembly import freeze
 from mdm_hf.training.tokenizer import train_sentencepiece
@@ -595,7 +596,7 @@ def test_a_copy_in_another_dtype_claims_nothing_that_the_other_weights_were_meas
     assert not MEASURED & {path.name for path in half.iterdir()}
     said = capsys.readouterr().out
     assert "left out README.md, examples, examples.json, scores.json" in said
-    assert "which tell of the other weights: `mdm card` tells of these" in said
+    assert "which are of the other weights: `mdm card` tells of these" in said
     assert main(["card", str(half)]) == 0
     text = (half / "README.md").read_text()
     assert "## Scores" not in text
@@ -606,6 +607,17 @@ def test_a_copy_in_another_dtype_claims_nothing_that_the_other_weights_were_meas
 def test_a_copy_of_the_same_weights_keeps_their_card(tmp_path, options) -> None:
     assert "left out" not in convert(DIGITS, tmp_path / "copy", **options)
     assert {path.name for path in (tmp_path / "copy").iterdir()} >= MEASURED
+
+
+def test_the_average_of_a_training_stays_with_its_weights_and_is_no_part_of_their_hash(folder, tmp_path) -> None:
+    before = checkpoint_hash(folder)
+    save_file({"0": torch.zeros(3)}, folder / "ema.safetensors")
+    assert checkpoint_hash(folder) == before
+    convert(folder, tmp_path / "shards", max_shard_size="50KB")
+    assert (tmp_path / "shards" / "ema.safetensors").is_file()
+    assert checkpoint_hash(tmp_path / "shards") == before
+    assert "left out ema.safetensors" in convert(folder, tmp_path / "half", dtype="bfloat16")
+    assert not (tmp_path / "half" / "ema.safetensors").exists()
 
 
 def test_shards_hold_the_same_bits_and_become_one_file_again(tmp_path) -> None:

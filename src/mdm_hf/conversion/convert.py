@@ -32,7 +32,7 @@ from ..publishing.card import is_of_weights
 from .files import PICKLES, check_apart, check_shard_size, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
 from .sentencepiece_model import from_sentencepiece, to_sentencepiece
-from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
+from .training_checkpoint import EMA, STATE, WRAPPERS, assembled, from_training, read_model, to_training
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +117,7 @@ def convert(
         raise ValueError(f"Got {done}, for which there is no conversion; need one end of it to be a model of ours.")
     elif came == "mdm":
         if left := _rewrite(source, target, dtype, max_shard_size, overwrite):
-            done += f"; left out {', '.join(left)}, which tell of the other weights: `mdm card` tells of these"
+            done += f"; left out {', '.join(left)}, which are of the other weights: `mdm card` tells of these"
     else:
         model = _read(source, came, like, use, seed)
         if like is not None and Path(like).is_dir():
@@ -275,12 +275,12 @@ def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str,
     with new_folder(target, overwrite) as folder:
         saved.save_pretrained(folder, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            is_weights = (path.name.endswith(WEIGHTS) and path.name != STATE) or re.fullmatch(
+            is_weights = (path.name.endswith(WEIGHTS) and path.name not in (STATE, EMA)) or re.fullmatch(
                 r"__pycache__|\..*", path.name
             )
             if is_weights or (folder / path.name).exists():
                 continue
-            if is_other and is_of_weights(path):
+            if is_other and (is_of_weights(path) or path.name == EMA):
                 left.append(path.name)
             elif path.is_dir():
                 shutil.copytree(path, folder / path.name)

@@ -22,7 +22,7 @@ def checkpoint_hash(folder: Path) -> str | None:
     """What tells the weights of one folder from another's, in however many files they lie: 16 hexadecimal digits, None
     where there are none."""
     where: dict[str, Path] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*model*.safetensors"):  # a moving average beside them is another model's
         try:
             with safe_open(path, framework="pt") as file:
                 where |= dict.fromkeys(file.keys(), path)
