@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -356,11 +357,58 @@ def test_a_damaged_state_is_refused_with_what_is_wrong(pipe, tmp_path, damage, t
 def test_a_state_that_cannot_be_written_is_refused_and_leaves_nothing(pipe, tmp_path) -> None:
     chat = pipe.chat()
     chat(text="a three", seed=0)
-    for path in (tmp_path / "absent" / "chat", tmp_path):
+    paths = [tmp_path / "absent" / "chat", tmp_path, tmp_path / ("x" * 300), "", "a\0b", None, 5]
+    for path in paths:
         with pytest.raises(ValueError, match="to save a conversation in, which cannot be written .* that is there"):
             chat.save(path)
     assert not [*tmp_path.iterdir()]
     assert not [*tmp_path.parent.glob(".unfinished*")]
+
+
+def test_a_link_stays_one_when_a_conversation_is_saved_onto_it(pipe, tmp_path) -> None:
+    chat = pipe.chat()
+    chat(text="a three", seed=0)
+    (tmp_path / "link").symlink_to(tmp_path / "chat")
+    chat.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert pipe.chat(tmp_path / "chat").state.length.equal(chat.state.length)
+
+
+def test_a_state_belongs_to_the_adapters_that_are_switched_on(pipe) -> None:
+    model = copy.deepcopy(pipe.model)
+    adapted = MDMPipeline(model, pipe.processor, device="cpu", num_inference_steps=2)
+    adapted.set_progress_bar_config(disable=True)
+
+    def state():
+        chat = adapted.chat()
+        chat.read([{"role": "user", "content": "a three"}])
+        return chat.state
+
+    base = state()
+    for name in ("a", "b"):
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False), adapter_name=name)
+    model.set_adapter("a")
+    of_a = state()
+    adapted.chat(of_a)
+    model.set_adapter("b")
+    for other in (base, of_a):
+        with pytest.raises(ValueError, match="Got the state of a model with other weights"):
+            adapted.chat(other)
+    model.disable_adapters()
+    adapted.chat(base)
+    with pytest.raises(ValueError, match="with other adapters switched on"):
+        adapted.chat(of_a)
+
+
+def test_what_goes_on_from_a_state_begins_no_conversation(pipe) -> None:
+    said = [{"role": "user", "content": "a three"}]
+    first = pipe.processor.as_history(said)
+    state = pipe.model.read_conversation(**first)
+    need = "Got a state and `input_ids` with a class token, which begins a conversation; need what goes on"
+    with pytest.raises(ValueError, match=need):
+        pipe.model.read_conversation(**first, state=state)
+    with pytest.raises(ValueError, match=need):
+        pipe.model.generate(**pipe.processor.apply_chat_template(said, generate="text"), state=state)
 
 
 class Deaf:
@@ -447,7 +495,11 @@ def test_the_pipelines_own_default_is_that_of_its_conversations(pipe) -> None:
         (lambda chat: chat.write(text="a", stop_strings=[5]), r"`stop_strings` is \[5\]; it must be a string or"),
         (lambda chat: chat.write(text="a", stop_strings=5), "`stop_strings` is 5; it must be a string or a list"),
         (lambda chat: chat.write(text="a", streamer=print), "`streamer` is of type .* it must have `put` and `end`"),
-        (lambda chat: chat.write(text="a", generate="image"), "Got `generate` for a text of any length; need none"),
+        (lambda chat: chat.write(text="a", generate="image"), "Got generate for a text of any length; need none of"),
+        (lambda chat: chat.write(messages=[]), "Got messages for a text of any length; need none of them"),
+        (lambda chat: chat.write(text="a", image_size=(8, 8)), "Got image_size for a text of any length; need none"),
+        (lambda chat: chat.answer({"role": "user"}), "Got messages of type dict; need a list of messages"),
+        (lambda chat: chat.stream(text="a", callback_on_step_end=5), "`callback_on_step_end` is 5; it must be a func"),
         (lambda chat: chat.write(text="a", min_new_tokens=9, max_new_tokens=4), "`min_new_tokens` is 9; it must be"),
         (lambda chat: chat.write(text="a \ud800"), "Got the text .* with half a character at 2 .*lone surrogate"),
         (lambda chat: chat.stream(text="a", generate="bad"), "Got generate with 'bad'; need 'image', 'text' or both"),

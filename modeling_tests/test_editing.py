@@ -248,7 +248,7 @@ def test_the_weaker_the_nearer_to_what_was_given(pipe) -> None:
 
 def test_a_strength_of_less_than_half_a_step_is_refused(pipe) -> None:
     canvas = {"type": "image", "image": picture()}
-    with pytest.raises(ValueError, match="`strength` is 0.1 of num_inference_steps = 4, less .* steps to 6 or more"):
+    with pytest.raises(ValueError, match="`strength` is 0.1 of num_inference_steps = 4, half a .* steps to 6 or more"):
         pipe(canvas=canvas, strength=0.1, num_inference_steps=4)
     assert pipe(canvas=canvas, strength=0.1, num_inference_steps=6, seed=0)[0]["images"]
     assert pipe(canvas=canvas, strength=0.1, num_inference_steps="auto", seed=0)[0]["images"]
@@ -342,11 +342,41 @@ def test_a_callback_that_returns_what_cannot_be_frozen_is_told_so() -> None:
         ({"freeze": torch.ones(shape)}, "returned a dict of 'freeze'; it must return None or"),
         (
             {"frozen": inputs["target_mask"], "input_ids": torch.full(shape, 99_999)},
-            r"returned 'input_ids' from 99999 to 99999 where 'frozen' is true; they must lie in \[0, vocab_size\)",
+            r"returned 'input_ids' with 99999 at text that is frozen; they must be tokens of text in \[0, vocab",
         ),
+        (
+            {"frozen": inputs["target_mask"], "input_ids": torch.full(shape, model.config.text_end_token_id)},
+            "returned 'input_ids' with 10 at text that is frozen; .* no control tokens",
+        ),
+        (
+            {"frozen": inputs["target_mask"], "input_ids": torch.full(shape, 50.7)},
+            "`input_ids of callback_on_step_end` has dtype torch.float32; it must hold whole numbers",
+        ),
+        (
+            {"frozen": inputs["target_mask"] * 0.3},
+            "returned 'frozen' with other values than 0 and 1; it must be a mask",
+        ),
+        (torch.ones(shape), "returned latents of shape .*; it must return None or"),
+        (0, "returned 0; it must return None or"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**inputs, num_inference_steps=2, callback_on_step_end=lambda *a, c=changed: c)
+
+
+def test_latents_that_a_callback_returns_change_targets_alone(pipe) -> None:
+    canvas = {"type": "image", "image": picture(), "mask": UPPER}
+    seen = []
+
+    def moved(model, step, timesteps, state):
+        seen.append(state["latents"].clone())
+        return {"latents": state["latents"] + 5}
+
+    pipe(canvas=canvas, seed=0, callback_on_step_end=moved)
+    is_target = pipe.processor.apply_chat_template([{"role": "assistant", "content": [canvas]}])["target_mask"][0]
+    made = is_target[-seen[0].shape[1] :].bool()
+    for latents in seen[1:]:
+        assert latents[0, ~made].equal(seen[0][0, ~made])
+        assert not latents[0, made].equal(seen[0][0, made])
 
 
 def test_gaps_are_drawn_in_the_share_that_is_asked_for_and_move_nothing_else() -> None:

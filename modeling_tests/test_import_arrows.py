@@ -54,17 +54,19 @@ ARROWS: dict[str, set[str]] = {
     "fused_scan": {"custom_ops", "causal_conv", "scan_switch", "ssd_kernels"},
     "score_entropy": {"noise_schedule"},
     "sequence_layout": CONFIGURATION | OPS,
-    "input_checks": CONFIGURATION | {"sequence_layout"},
+    "input_checks": CONFIGURATION | {"prompts", "sequence_layout"},
     "checkpoints": set(),
     "prompts": set(),
-    "watching": set(),
+    "watching": {"input_checks"},
+    "fingerprint": set(),
     "solvers": CONFIGURATION | {"checkpoints"},
     "step_calibration": CONFIGURATION | {"sequence_layout", "scan_switch"},
-    "generation_configuration_mdm": {"step_calibration"},
+    "generation_configuration_mdm": {"prompts", "step_calibration"},
     "generation_mdm": CONFIGURATION
     | OPS
     | LAYOUT
     | {
+        "fingerprint",
         "checkpoints",
         "denoiser",
         "generation_configuration_mdm",
@@ -75,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "scoring_mdm": CONFIGURATION | OPS | LAYOUT | {"modeling_mdm_vae"},  # called on self, as generation is
     "modeling_mdm_vae": CONFIGURATION | OPS | {"checkpoints"},
     "modeling_mdm_block": CONFIGURATION | OPS | LAYOUT | {"checkpoints"},
-    "conversation_state": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
+    "conversation_state": CONFIGURATION | LAYOUT | {"fingerprint", "modeling_mdm_block"},
     "modality_gate": CONFIGURATION | LAYOUT,
     "modeling_mdm_attention": CONFIGURATION | LAYOUT | {"modeling_mdm_block"},
     "modeling_mdm": CONFIGURATION
@@ -93,7 +95,7 @@ ARROWS: dict[str, set[str]] = {
     "image_processing_mdm": CONFIGURATION,
     "token_rows": set(),
     "conversations": set(),
-    "processing_options": {"image_processing_mdm"},
+    "processing_options": {"image_processing_mdm", "prompts"},
     "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
     "choice_scores": {"prompts", "scoring_mdm"},
     "dialogue": {"conversation_state", "conversations", "input_checks", "prompts", "watching"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch._dynamo.utils import counters
@@ -465,6 +465,9 @@ def test_arrays_are_batches_as_lists_are(pipe):
     assert [r["text"] for r in pipe(images=stack, generate="text", **options)] == texts
 
 
+LEARNED = DDPMScheduler(prediction_type="sample", variance_type="learned")
+
+
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
@@ -489,6 +492,14 @@ def test_arrays_are_batches_as_lists_are(pipe):
         ({"text": [{"canvas": {"type": "image"}}], "generate": "image"}, "Got generate='image' and a canvas, whose"),
         ({"text": "half \ud800"}, "with half a character at 5 (a lone surrogate); need whole ones"),
         ({"guidance_scale": True}, "`guidance_scale` is True; it must be a number, 0 or more"),
+        ({"scheduler": 5, "num_inference_steps": "auto"}, "`scheduler` (int) has no `prediction_type`; it must be a"),
+        ({"scheduler": DDIMScheduler, "num_inference_steps": "auto"}, "`scheduler` is the class DDIMScheduler; it"),
+        ({"scheduler": LEARNED}, "`scheduler` (DDPMScheduler) has variance_type 'learned', but MDM predicts no"),
+        ({"guidance_scale": 10**400}, "it must be a number, 0 or more (1 is no guidance)"),
+        ({"strength": 1e-320}, "`strength` is 1e-320 of num_inference_steps = 20, half a step or less; raise one of"),
+        ({"min_new_tokens": 10**30}, "it must be a whole number, 0 or more, below 2**63"),
+        ({"max_new_tokens": 10**30}, "need a whole number of at least 1 and at most 16777216"),
+        ({"num_inference_steps": np.array([4, 5])}, "`num_inference_steps` is array([4, 5]); it must be a whole"),
         ({"scheduler": "SchedulerMixin"}, "`scheduler` is 'SchedulerMixin', which names no scheduler of diffusers"),
         ({"scheduler": "UnCLIPScheduler"}, "`scheduler` is 'UnCLIPScheduler', which cannot be made from the model's"),
         ({"scheduler": DDIMScheduler}, "`scheduler` is the class DDIMScheduler; it must be one of its objects, or"),

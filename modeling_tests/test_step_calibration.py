@@ -111,3 +111,22 @@ def test_auto_draws_what_its_number_of_steps_draws_and_measures_once_a_kind() ->
 def test_steps_and_tolerances_that_are_none_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(**batch(KINDS), **options)
+
+
+@pytest.mark.parametrize(("kinds", "measured"), [(["text", "text"], 1), (["text", "class_to_image"], 2)])
+def test_a_batch_of_several_kinds_is_measured_on_all_of_it(monkeypatch, kinds, measured) -> None:
+    monkeypatch.setattr("mdm_hf.generation_mdm.CALIBRATION_ROWS", 1)
+    with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
+        tiny_model().generate(**batch(kinds), num_inference_steps="auto")
+    assert {len(mask) for mask in fewest.call_args[0][1]} == {measured}
+
+
+def test_steps_that_were_found_are_those_of_these_weights() -> None:
+    model, inputs = tiny_model(), batch(["text"])
+    with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
+        for _ in range(2):
+            model.generate(**inputs, num_inference_steps="auto")
+        assert fewest.call_count == 1
+        model.latent_head.weight.data.mul_(2)
+        model.generate(**inputs, num_inference_steps="auto")
+    assert fewest.call_count == 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prompts import whole_number
+from .prompts import whole, whole_number
 from .scoring_mdm import stratified_error
 
 
@@ -41,7 +41,7 @@ class ChoiceScores:
             ValueError: no such answer.
         """
         for index in (first, second):
-            if not isinstance(index, int) or not 0 <= index < len(self.choices):
+            if (place := whole(index, 0)) is None or place >= len(self.choices):
                 raise ValueError(
                     f"Got answer {index!r} of {len(self.choices)}; need a whole number from 0 to "
                     f"{len(self.choices) - 1}, its place among the choices."

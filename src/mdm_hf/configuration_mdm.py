@@ -342,6 +342,11 @@ class MDMConfig(PreTrainedConfig):
         return [*ends, *([] if self.bos_token_id is None else [self.bos_token_id])]
 
     @property
+    def placeholder_token_ids(self) -> list[int]:
+        """Tokens that stand for patches, and for a token that is to be made."""
+        return [self.image_token_id, self.image_target_token_id, self.text_target_token_id]
+
+    @property
     def control_token_ids(self) -> list[int]:
         """Tokens that frame the latents and are embedded as learned vectors; all others carry latents."""
         return [

@@ -8,19 +8,20 @@ conversation is read both ways: `unseen` as if there never were one, `seen` as i
 is settled when the state is used.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .configuration_mdm import MDMConfig
+from .fingerprint import fingerprint
 from .input_checks import check_inputs
 from .modeling_mdm_block import MDMConditionCache
 from .sequence_layout import image_of_each_row, plan_scans
@@ -33,14 +34,6 @@ SIZES = (
     *("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel"),
     *("scan_sharing", "scan_directions"),
 )
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of so many bytes
-
-
-def fingerprint(model: nn.Module) -> str:
-    """What changes with any of a model's weights: a hash of the sums of their bits, alike on every device."""
-    here = [weight.detach() for weight in model.parameters() if not weight.is_meta]  # the others lie on a disk
-    sums = [weight.contiguous().view(WORDS[weight.element_size()]).sum(dtype=torch.int64) for weight in here]
-    return hashlib.sha256(repr([int(one) for one in sums]).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -89,14 +82,13 @@ class MDMConversationState:
         Raises:
             ValueError: no folder for it, or none that may be written to.
         """
-        path = Path(path)
-        aside = path.with_name(f".unfinished-{path.name}")
         facts = {"format": FORMAT, "sizes": json.dumps(self.sizes), "weights": self.weights}
+        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
         try:
-            save_file({name: value.contiguous() for name, value in self._tensors().items()}, aside, metadata=facts)
-            os.replace(aside, path)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
+            with TemporaryDirectory(prefix=".unfinished-", dir=Path(path).parent) as aside:
+                save_file(tensors, Path(aside) / "state", metadata=facts)
+                os.replace(Path(aside) / "state", Path(path).resolve())
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Got {path} to save a conversation in, which cannot be written ({error}); need the name of a file in "
                 "a folder that is there."
@@ -113,7 +105,7 @@ class MDMConversationState:
         try:
             with safe_open(os.fspath(path), "pt", device=str(device)) as file:
                 facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(f"Got {path}, which cannot be read ({error}); {need}.") from error
         if facts.get("format") != FORMAT:
             raise ValueError(f"Got {path}, a safetensors file of another kind; {need}.")
@@ -151,8 +143,9 @@ class MDMConversationState:
         if self.has_image.dtype != torch.bool or self.length.dtype != torch.int64:
             raise ValueError(f"has_image of {self.has_image.dtype}, length of {self.length.dtype}")
 
-    def check(self, model, batch: int) -> None:
-        """Raises ValueError for a state of another model, or of another number of conversations."""
+    def check(self, model, batch: int, input_ids: Tensor | None = None) -> None:
+        """Raises ValueError for a state of another model, or of another number of conversations, and for `input_ids`
+        that do not go on from it."""
         remedy = "need that of the same model; read the conversation again with this one."
         for name, value in self.sizes.items():
             if value != getattr(model.config, name):
@@ -162,13 +155,18 @@ class MDMConversationState:
                 )
         if self.weights != fingerprint(model):
             raise ValueError(
-                "Got the state of a model with other weights (trained further, with another adapter, or of another "
-                f"dtype); {remedy}"
+                "Got the state of a model with other weights (trained further, with other adapters switched on, or of "
+                f"another dtype); {remedy}"
             )
         if len(self.has_image) != batch:
             raise ValueError(
                 f"Got the state of {len(self.has_image)} conversation(s) for a batch of {batch}; need one a row; give "
                 "as many rows as conversations."
+            )
+        if input_ids is not None and bool((input_ids == model.config.class_token_id).any()):
+            raise ValueError(
+                "Got a state and `input_ids` with a class token, which begins a conversation; need what goes on from "
+                "the state; make them with is_continued=True."
             )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -231,7 +229,7 @@ class MDMConversationMixin:
         has_image, length = image_of_each_row(layout), (~layout.is_padding).sum(1)
         unseen, seen = self.new_condition_cache(), self.new_condition_cache()
         if state is not None:
-            state.check(self, len(input_ids))
+            state.check(self, len(input_ids), input_ids)
             has_image, length = has_image | state.has_image.to(has_image.device), length + state.length
             unseen, seen = (state.cache(torch.full_like(has_image, value)) for value in (False, True))
         time = torch.zeros(len(input_ids), 2, device=latents.device)

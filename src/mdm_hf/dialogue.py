@@ -157,8 +157,11 @@ class MDMDialogue:
             ValueError: as a call of the pipeline. Nothing of the turn is remembered then.
         """
         processor, before = self.pipe.processor, self.state
-        if "generate" in options:
-            raise ValueError("Got `generate` for a text of any length; need none, it makes text; leave it out.")
+        if foreign := [name for name in ("generate", "messages", "image_size") if name in options]:
+            raise ValueError(
+                f"Got {', '.join(foreign)} for a text of any length; need none of them, as it makes text of a text "
+                "and images; leave it out, and let `read` remember other messages before."
+            )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(
                 f"`streamer` is of type {type(streamer).__name__}; it must have `put` and `end`, as transformers' "
@@ -228,7 +231,7 @@ class MDMDialogue:
         **options: Any,
     ) -> dict:
         """The answer to messages, of which nothing is remembered."""
-        draw = self._drawer(messages, generate, seed, **options)
+        draw = self._drawer(self._said(messages=messages), generate, seed, **options)
         return self.pipe.postprocess(draw(callback_on_step_end))[0]
 
     def _said(self, text: str | None = None, images: Any = None, messages: Any = None) -> list[dict]:

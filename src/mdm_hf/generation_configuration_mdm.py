@@ -5,9 +5,11 @@ from numbers import Real
 import numpy as np
 from transformers import GenerationConfig
 
+from .prompts import whole
 from .step_calibration import AUTO_STEPS, fewest_whole
 
 
+MOST = 1e9  # of a number; what is beyond it says nothing
 SAMPLING_OPTIONS = (
     "num_inference_steps",
     "step_tolerance",
@@ -39,7 +41,7 @@ class MDMGenerationConfig(GenerationConfig):
             |modality_lag|)` network calls.
         strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
             it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
-            network calls. It is rounded to whole steps; less than half a step is refused.
+            network calls. It is rounded to whole steps; half a step or less is refused.
         min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
@@ -51,7 +53,7 @@ class MDMGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         # The parent's token-by-token options do not apply and are left out.
-        kwargs = {name: value.item() if isinstance(value, np.generic) else value for name, value in kwargs.items()}
+        kwargs = {name: _plain(value) for name, value in kwargs.items()}
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
         self.step_tolerance = kwargs.pop("step_tolerance", 0.1)
         self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
@@ -76,7 +78,8 @@ class MDMGenerationConfig(GenerationConfig):
 
     def validate(self, **kwargs):
         steps, lag = self.num_inference_steps, self.modality_lag
-        if steps != AUTO_STEPS and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        is_auto = isinstance(steps, str) and steps == AUTO_STEPS
+        if not is_auto and whole(steps, 1) is None:
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
         allowed = self.step_tolerance
         if not _is_number(allowed) or not 0 < allowed < float("inf"):
@@ -95,14 +98,14 @@ class MDMGenerationConfig(GenerationConfig):
         strength = self.strength
         if not _is_number(strength) or not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength!r}; it must lie in (0, 1] (1 keeps nothing of what is known).")
-        if steps != AUTO_STEPS and round(steps * strength) < 1:
+        if not is_auto and round(steps * strength) < 1:
             raise ValueError(
-                f"`strength` is {strength!r} of num_inference_steps = {steps}, less than half a step; raise one of "
+                f"`strength` is {strength!r} of num_inference_steps = {steps}, half a step or less; raise one of "
                 f"the two, the steps to {fewest_whole(strength)} or more."
             )
         least = self.min_new_tokens
-        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
-            raise ValueError(f"`min_new_tokens` is {least!r}; it must be a whole number, 0 or more.")
+        if (fewest := whole(least, 0)) is None or fewest >= 2**63:
+            raise ValueError(f"`min_new_tokens` is {least!r:.60}; it must be a whole number, 0 or more, below 2**63.")
         tolerance = self.selection_tolerance
         if tolerance is not None:
             if not _is_number(tolerance) or not 0 <= tolerance < 1e9:
@@ -122,8 +125,14 @@ class MDMGenerationConfig(GenerationConfig):
         raise NotImplementedError("A model config holds no generation options of MDM; use MDMGenerationConfig(...).")
 
 
+def _plain(value):
+    """Numbers of NumPy, and fractions, as Python's."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
+
+
 def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
 
 
 def sampling_options(config) -> dict:

@@ -25,9 +25,11 @@ from transformers.utils import logging as hf_logging
 from .checkpoints import GENERATION_CONFIG, SOLVER, read_json
 from .configuration_mdm import MDMConfig
 from .denoiser import Denoiser
+from .fingerprint import fingerprint
 from .generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from .input_checks import (
     as_generators,
+    check_callback,
     check_finite,
     check_inputs,
     check_known_targets,
@@ -55,7 +57,8 @@ class MDMGenerateOutput(ModelOutput):
         sequences: (b, l) `input_ids` with the generated text filled in.
         images: For each row, a list of its generated images (channels, height, width) in [-1, 1].
         latents: (b, l, latent_size), the final latents of the targets, the posterior mean elsewhere.
-        frozen_at: (b, l) with token selection, the network call after which a target was frozen; -1 for the others.
+        frozen_at: (b, l) with token selection, the network call after which a target was frozen, by it or by a
+            callback; -1 for the others.
         num_live: (calls, b) with token selection, how many positions the network saw of each row in each call.
         call_seconds: With token selection, how long each call took.
     """
@@ -119,11 +122,15 @@ class _Selection:
         self.num_live.append(view.num_live)
         self.seconds.append(now - self.started)
         self.started = now
-        before = view.frozen
         z = view.select(z_0, z, tracks, step)
-        row, place = (view.frozen & ~before).nonzero(as_tuple=True)
-        self.frozen_at[row, view.index[0][row, place]] = step
+        self.note(step)
         return z
+
+    def note(self, step: int) -> None:
+        """What is frozen by now, and was not before."""
+        row, place = self.view.frozen.nonzero(as_tuple=True)
+        at = row, self.view.index[0][row, place]
+        self.frozen_at[at] = torch.where(self.frozen_at[at] < 0, step, self.frozen_at[at])
 
     def report(self) -> dict:
         num_live = torch.stack(self.num_live)
@@ -199,8 +206,9 @@ class MDMGenerationMixin:
                 each modality's own betas, without clipping or thresholding, and with "trailing" in place of "leading"
                 time steps.
             callback_on_step_end: Called as `f(self, step, timesteps, {"latents": ..., "decode": ...})` after each
-                network call; `decode()` gives a preview as MDMGenerateOutput. It may return a dict of some of
-                "latents", to replace them; "frozen", a mask (b, l) of targets that are to stay as they are predicted
+                network call; the latents are z_t (b, m, d) of the m positions from each row's first target segment on,
+                `decode()` gives a preview as MDMGenerateOutput. It may return a dict of some of "latents", to
+                replace those of targets; "frozen", a mask (b, l) of targets that are to stay as they are predicted
                 now and to be a condition of the rest; "input_ids" (b, l), the tokens that frozen text has instead.
             generation_mode: "image" or "text"; checked against the targets, None accepts any.
             image_latents: As in `forward`, in place of `pixel_values`.
@@ -217,11 +225,7 @@ class MDMGenerationMixin:
             ValueError: inputs that do not fit together, no target, a scheduler that cannot drive this model.
         """
         config = self._sampling_config(generation_config, options)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"`callback_on_step_end` is {callback_on_step_end!r:.60}; it must be a function "
-                "f(model, step, timesteps, tensors), or None."
-            )
+        check_callback(callback_on_step_end)
         if labels is not None:
             raise ValueError("`generate` got `labels`; they are for training. Drop them from the inputs.")
         fixed = image_grid_hw, attention_mask, target_mask
@@ -233,6 +237,12 @@ class MDMGenerationMixin:
         if config.strength < 1:
             check_known_targets(self.config, layout, "strength", config.strength)
         generators = as_generators(generator, len(input_ids))
+        if state is not None:
+            check_state(self, state, len(input_ids), config.use_cache, input_ids)
+        if scheduler is None:
+            scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
+        elif isinstance(scheduler, str):
+            scheduler = solver_named(scheduler, self.config)
         if config.num_inference_steps == AUTO_STEPS:
             inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "image_latents": image_latents}
             inputs |= {"image_grid_hw": image_grid_hw, "attention_mask": attention_mask}
@@ -248,13 +258,7 @@ class MDMGenerationMixin:
         scales = {"image": config.guidance_scale, "text": config.guidance_scale}
         if config.text_guidance_scale is not None:
             scales["text"] = config.text_guidance_scale
-        if state is not None:
-            check_state(self, state, len(input_ids), config.use_cache)
         view = Denoiser(self, layout, conditions, noise, class_ids, image_grid_hw, scales, config, state)
-        if scheduler is None:
-            scheduler = self.default_scheduler() if self.scheduler is None else self.scheduler
-        elif isinstance(scheduler, str):
-            scheduler = solver_named(scheduler, self.config)
         tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start(tracks)
         steps = range(max(track.last for track in tracks))
@@ -271,9 +275,12 @@ class MDMGenerationMixin:
             if callback_on_step_end is not None:
                 preview = partial(self._decode, view, z_0, *known)
                 times = [track.time_after(step + 1) for track in tracks]
-                changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview}) or {}
-                z = replaced_latents(changed, z)
-                z = view.freeze(*frozen_targets(changed, layout.is_target, self.config.vocab_size), z_0, z)
+                changed = callback_on_step_end(self, step, times, {"latents": z, "decode": preview})
+                changed = {} if changed is None else changed
+                z = replaced_latents(changed, z, view.layout.is_target)
+                z = view.freeze(*frozen_targets(changed, layout, self.config), z_0, z)
+                if selection is not None:
+                    selection.note(step)
         output = self._decode(view, z, *known)
         if selection is not None:
             output = MDMGenerateOutput(**output, **selection.report())
@@ -299,14 +306,18 @@ class MDMGenerationMixin:
     def _found_steps(self, layout: SequenceLayout, inputs: dict, config: MDMGenerationConfig, **how: Any) -> int:
         """The fewest steps for a call of this kind: as an earlier one found, or measured on its first rows."""
         image, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
-        solver = how["scheduler"] or self.scheduler
-        told = solver if solver is None or isinstance(solver, str) else (type(solver).__name__, dict(solver.config))
         kept = layout.in_target_group & (layout.is_patch | layout.is_text) & ~layout.is_target
-        key = repr((bool(image.any()), bool(text.any()), bool(kept.any()), sampling_options(config), told))
+        of_rows = torch.stack([image.any(1), text.any(1), kept.any(1)], dim=1).tolist()
+        solver = how["scheduler"]
+        told = type(solver).__name__, repr(getattr(solver, "config", solver)), int(layout.grid.prod(-1).max())
+        key = repr((sorted({*map(tuple, of_rows)}), sampling_options(config), told, fingerprint(self)))
         if self.found_steps is None:
             self.found_steps = {}
         if key not in self.found_steps:
-            rows = inputs if how["state"] is not None else first_rows(layout, CALIBRATION_ROWS, inputs)
+            count = min(CALIBRATION_ROWS, len(of_rows))
+            has_all = {*map(tuple, of_rows[:count])} == {*map(tuple, of_rows)}
+            is_cut = has_all and how["state"] is None
+            rows = first_rows(layout, count, inputs) if is_cut else inputs
             count = len(rows["input_ids"])
 
             def draw(steps: int) -> Tensor:
@@ -361,8 +372,7 @@ class MDMGenerationMixin:
         """The text tokens that latents (n, d) decode to, </s> left out where `is_word` (n,): (n,)."""
         config = self.config
         logits = check_finite(self.model.vae.decode_tokens(latents.to(self.dtype)).float(), "text")
-        forbidden = [*config.control_token_ids, config.image_token_id, config.image_target_token_id]
-        logits[:, [*forbidden, config.text_target_token_id]] = -torch.inf
+        logits[:, [*config.control_token_ids, *config.placeholder_token_ids]] = -torch.inf
         for end in config.end_token_ids:
             logits[:, end].masked_fill_(is_word, -torch.inf)
         return logits.argmax(-1)

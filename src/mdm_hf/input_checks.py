@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .configuration_mdm import MDMConfig
+from .prompts import whole
 from .sequence_layout import SequenceLayout, token_kinds
 
 
@@ -152,9 +153,9 @@ def as_generators(generator, batch: int) -> list[torch.Generator | None]:
     return generators
 
 
-def replaced_latents(changed, z: Tensor) -> Tensor:
-    """The latents after `callback_on_step_end` returned `changed`; whether they are finite shows where they are
-    decoded, as a look at their values would make every step wait for the device."""
+def replaced_latents(changed, z: Tensor, is_target: Tensor) -> Tensor:
+    """The latents after `callback_on_step_end` returned `changed`, those of targets alone; whether they are finite
+    shows where they are decoded, as a look at their values would make every step wait for the device."""
     latents = changed.get("latents", z) if isinstance(changed, dict) else changed
     known = isinstance(changed, dict) and set(changed) <= {"latents", "frozen", "input_ids"}
     if not known or not isinstance(latents, Tensor) or latents.shape != z.shape:
@@ -164,12 +165,12 @@ def replaced_latents(changed, z: Tensor) -> Tensor:
             f"`callback_on_step_end` returned {got}; it must return None or {{'latents': a tensor of shape "
             f"{tuple(z.shape)}}}, the shape that it was given, with 'frozen' and 'input_ids' if need be."
         )
-    return latents.to(z)
+    return torch.where(is_target.unsqueeze(-1), latents.to(z), z)
 
 
-def frozen_targets(changed: dict, is_target: Tensor, vocab_size: int) -> tuple[Tensor | None, Tensor | None]:
+def frozen_targets(changed: dict, layout: SequenceLayout, config: MDMConfig) -> tuple[Tensor | None, Tensor | None]:
     """The mask "frozen" and the "input_ids" that `callback_on_step_end` returned: (b, l) each, or None."""
-    frozen, input_ids = changed.get("frozen"), changed.get("input_ids")
+    frozen, input_ids, is_target = changed.get("frozen"), changed.get("input_ids"), layout.is_target
     for name, value in (("frozen", frozen), ("input_ids", input_ids)):
         if value is not None and not (isinstance(value, Tensor) and value.shape == is_target.shape):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
@@ -182,14 +183,24 @@ def frozen_targets(changed: dict, is_target: Tensor, vocab_size: int) -> tuple[T
             "`callback_on_step_end` returned 'input_ids' without 'frozen'; return the mask of the text that they "
             "replace, too."
         )
-    frozen = None if frozen is None else frozen.to(is_target.device).bool()
-    input_ids = None if input_ids is None else input_ids.to(is_target.device).long()
-    if input_ids is not None and bool(frozen.any()):
-        low, high = (int(limit) for limit in input_ids[frozen].aminmax())
-        if low < 0 or high >= vocab_size:
+    if frozen is not None:
+        frozen = frozen.to(is_target.device)
+        if not bool(((frozen == 0) | (frozen == 1)).all()):
             raise ValueError(
-                f"`callback_on_step_end` returned 'input_ids' from {low} to {high} where 'frozen' is true; they must "
-                f"lie in [0, vocab_size) = [0, {vocab_size})."
+                "`callback_on_step_end` returned 'frozen' with other values than 0 and 1; it must be a mask of the "
+                "targets that are to stay."
+            )
+        frozen = frozen.bool()
+    if input_ids is not None:
+        _check_tensor("input_ids of callback_on_step_end", input_ids, is_whole=True)
+        input_ids = input_ids.to(is_target.device).long()
+        said = input_ids[frozen & is_target & layout.is_text]
+        no_text = torch.tensor([*config.control_token_ids, *config.placeholder_token_ids], device=said.device)
+        wrong = said[(said < 0) | (said >= config.vocab_size) | torch.isin(said, no_text)]
+        if len(wrong):
+            raise ValueError(
+                f"`callback_on_step_end` returned 'input_ids' with {int(wrong[0])} at text that is frozen; they must "
+                f"be tokens of text in [0, vocab_size) = [0, {config.vocab_size}), no control tokens."
             )
     return frozen, input_ids
 
@@ -199,7 +210,8 @@ def check_finite(decoded: Tensor, modality: str) -> Tensor:
     if not bool(torch.isfinite(decoded).all()):
         raise ValueError(
             f"The {modality} latents decode to NaN or infinity; lower `guidance_scale`, bring `text_temperature` "
-            "nearer to 1, return finite latents from `callback_on_step_end`, or run a float16 model in bfloat16."
+            "nearer to 1, take another `scheduler`, return finite latents from `callback_on_step_end`, or run a "
+            "float16 model in bfloat16."
         )
     return decoded
 
@@ -222,7 +234,16 @@ def check_targets(layout: SequenceLayout, generation_mode: str | None) -> None:
             )
 
 
-def check_state(model: Any, state: Any, batch: int, use_cache: bool = True) -> None:
+def check_callback(callback: Any) -> None:
+    """Raises ValueError for a `callback_on_step_end` that cannot be called."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"`callback_on_step_end` is {callback!r:.60}; it must be a function f(model, step, timesteps, tensors), "
+            "or None."
+        )
+
+
+def check_state(model: Any, state: Any, batch: int, use_cache: bool = True, input_ids: Tensor | None = None) -> None:
     """Raises ValueError for what is no state of `batch` conversations with this model."""
     if not hasattr(state, "has_image"):
         raise ValueError(
@@ -231,7 +252,7 @@ def check_state(model: Any, state: Any, batch: int, use_cache: bool = True) -> N
         )
     if not use_cache:
         raise ValueError("Got use_cache=False and a `state`, which is a cache; leave one of the two out.")
-    state.check(model, batch)
+    state.check(model, batch, input_ids)
 
 
 def check_known_targets(config: MDMConfig, layout: SequenceLayout, name: str, value: Any) -> None:
@@ -248,12 +269,12 @@ def check_known_targets(config: MDMConfig, layout: SequenceLayout, name: str, va
 
 def check_scored(config: MDMConfig, layout: SequenceLayout, num_samples: int, batch_size: int) -> None:
     """Raises ValueError for what `score` cannot score: no target, a placeholder where a target should stand."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 4 or num_samples % 2:
+    if whole(num_samples, 4) is None or num_samples % 2:
         raise ValueError(
             f"`num_samples` is {num_samples!r}; it must be an even number, 4 or more: each stratum of times has two "
             "draws, whose difference gives the standard error."
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if whole(batch_size, 1) is None:
         raise ValueError(f"`batch_size` is {batch_size!r}; it must be a whole number, 1 or more.")
     remedy = (
         "put it there, for instance with processor.apply_chat_template(messages), whose last message is the "

@@ -37,7 +37,7 @@ class MDMModalityGateMixin:
         fixed = image_grid_hw, attention_mask, target_mask
         check_inputs(self.config, input_ids, pixel_values, *fixed, class_ids, image_latents=image_latents)
         if state is not None:
-            state.check(self, len(input_ids))
+            state.check(self, len(input_ids), input_ids)
         layout = self.model.layout(input_ids.long(), *fixed)
         images = self.model.known_images(layout, pixel_values, image_latents)
         latents = self.model.encode(layout, layout.input_ids, images).mean.float()

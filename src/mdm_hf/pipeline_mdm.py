@@ -228,7 +228,7 @@ class MDMPipeline(Pipeline):
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
                 "the pipeline itself."
             )
-        if for_processor["generate"] == AUTO:
+        if for_processor["generate"] == AUTO and prompts[0].get("canvas") is None:
             raise ValueError(
                 "Got generate='auto' for a stream, whose samples are drawn in one batch; need the same of all; ask "
                 "`predict_modalities` first, or call the pipeline itself."

@@ -1,14 +1,15 @@
 """Options of a call of the processor, by name or in transformers' groups, and those that a row has no room for."""
 
-import operator
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .image_processing_mdm import MDMImageProcessorKwargs
+from .prompts import whole
 
 
+MOST_POSITIONS = 2**24  # of a row: as many as a picture of `max_pixels` may have
 GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 TEXT_OPTIONS = ("padding", "max_length", "return_tensors")
 IMAGE_OPTIONS = (
@@ -89,10 +90,8 @@ def check_option(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"Got {name} {value!r}; need a whole number of at least 1.")
+    number = whole(value, 1)
+    if number is None or number > MOST_POSITIONS:
+        most = "" if number is None else f" and at most {MOST_POSITIONS}"
+        raise ValueError(f"Got {name} {value!r:.60}; need a whole number of at least 1{most}.")
     return number

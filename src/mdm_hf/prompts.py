@@ -39,14 +39,20 @@ def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | 
     return list(repeated)
 
 
+def whole(value, least: int) -> int | None:
+    """`value`, of Python or NumPy, as an int; None if it is no whole number or below `least`."""
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        return None
+    return None if number is None or number < least else number
+
+
 def whole_number(name: str, value, least: int = 1) -> int:
     """`value` as an int. Raises ValueError, which names the argument `name`."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number < 2**63:
-        most = ", below 2**63" if number >= 2**63 else ""
+    number = whole(value, least)
+    if number is None or number >= 2**63:
+        most = "" if number is None else ", below 2**63"
         raise ValueError(f"`{name}` is {value!r:.80}; it must be a whole number, {least} or more{most}.")
     return number
 

@@ -85,6 +85,11 @@ def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_b
             f"`scheduler` has num_train_timesteps {given.get('num_train_timesteps')}, the model was trained with "
             f"{config.num_train_timesteps}; make them equal."
         )
+    if str(given.get("variance_type", "")).startswith("learned"):
+        raise ValueError(
+            f"`scheduler` ({kind}) has variance_type {given['variance_type']!r}, but MDM predicts no variance; build "
+            'it with variance_type="fixed_small".'
+        )
     # What would bend the model's own noise schedule, or cut its latents to the range of pixels.
     bent: dict[str, Any] = {
         "trained_betas": None,

@@ -51,7 +51,7 @@ def fewest_steps(
 
 def fewest_whole(strength: float) -> int:
     """The fewest steps of which a share of `strength` rounds to one or more."""
-    return math.floor(0.5 / strength) + 1
+    return math.floor(min(0.5 / strength, 2**53)) + 1
 
 
 def _size(values: Tensor) -> float:

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .input_checks import check_callback
+
 
 def watched(
     draw: Callable[[Callable], list[dict]], results_of: Callable[[Any], list[dict]], callback: Callable | None = None
@@ -15,7 +17,11 @@ def watched(
         draw: Draws samples, and calls its argument after each step as `callback_on_step_end`.
         results_of: Of what the callback's `decode()` returns, the samples as `draw` returns them.
         callback: Another callback, which runs before.
+
+    Raises:
+        ValueError: `callback` cannot be called.
     """
+    check_callback(callback)
 
     def run(show: Callable[[list[dict]], None]) -> None:
         def look(model, step, timesteps, tensors):
