@@ -694,6 +694,7 @@ def test_a_saved_processor_comes_back_equal(processor: MDMProcessor, load, tmp_p
         "image_processing_mdm.py",
         "processing_mdm.py",
         "processing_options.py",
+        "prompts.py",
         "token_rows.py",
     }
     assert files - code == {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}

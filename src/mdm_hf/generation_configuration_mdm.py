@@ -1,5 +1,6 @@
 """How a model samples: the options of `generate`, saved with the model as generation_config.json."""
 
+import sys
 from numbers import Real
 
 import numpy as np
@@ -9,7 +10,6 @@ from .prompts import whole
 from .step_calibration import AUTO_STEPS, fewest_whole
 
 
-MOST = 1e9  # of a number; what is beyond it says nothing
 SAMPLING_OPTIONS = (
     "num_inference_steps",
     "step_tolerance",
@@ -132,7 +132,7 @@ def _plain(value):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def sampling_options(config) -> dict:
