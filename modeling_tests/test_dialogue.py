@@ -334,6 +334,15 @@ DAMAGES = {
         lambda f, t: f.update(sizes=json.dumps({k: v for k, v in json.loads(f["sizes"]).items() if k != "expand"})),
         "unknown expand",
     ),
+    "a flat tensor": (lambda f, t: t.update({"unseen.0.conv": torch.zeros(1)}), "damaged conversation state"),
+    "heads of nothing": (
+        lambda f, t: f.update(sizes=json.dumps(json.loads(f["sizes"]) | {"head_dim": 0})),
+        "damaged conversation state",
+    ),
+    "no layers": (
+        lambda f, t: f.update(sizes=json.dumps(json.loads(f["sizes"]) | {"num_hidden_layers": 0})),
+        "damaged conversation state",
+    ),
     "text for a size": (
         lambda f, t: f.update(sizes=json.dumps(json.loads(f["sizes"]) | {"expand": "two"})),
         "damaged conversation state",

@@ -122,7 +122,7 @@ class MDMConversationState:
             if tensors or set(sizes) != {*SIZES}:
                 raise ValueError(f"unknown {', '.join(sorted({*tensors} | ({*sizes} ^ {*SIZES})))}")
             state._check_tensors()
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"Got {path}, a damaged conversation state ({error}); {need}.") from error
         return state
 

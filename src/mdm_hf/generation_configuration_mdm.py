@@ -82,16 +82,16 @@ class MDMGenerationConfig(GenerationConfig):
         if not is_auto and whole(steps, 1) is None:
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
         allowed = self.step_tolerance
-        if not _is_number(allowed) or not 0 < allowed < float("inf"):
+        if not _is_number(allowed) or allowed <= 0:
             raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.1 is a tenth).")
         for name in ("guidance_scale", "text_guidance_scale"):
             scale = getattr(self, name)
             if name == "text_guidance_scale" and scale is None:
                 continue
-            if not _is_number(scale) or not 0 <= scale < float("inf"):
+            if not _is_number(scale) or scale < 0:
                 raise ValueError(f"`{name}` is {scale!r}; it must be a number, 0 or more (1 is no guidance).")
         heat = self.text_temperature
-        if not _is_number(heat) or not 0 < heat < float("inf"):
+        if not _is_number(heat) or heat <= 0:
             raise ValueError(f"`text_temperature` is {heat!r}; it must be a number above 0 (1 is the model's own).")
         if not _is_number(lag) or not -1 <= lag <= 1:
             raise ValueError(f"`modality_lag` is {lag!r}; it must lie in [-1, 1] (1 is text first, -1 image first).")
