@@ -371,7 +371,7 @@ def test_a_block_that_starts_from_a_mamba2_computes_what_it_does(tmp_path, form)
     x = torch.randn(2, length, 32, dtype=torch.float64)
     steps = torch.arange(length).view(1, -1, 1).expand(2, -1, 1)
     real = torch.ones(2, length, 1, dtype=torch.bool)
-    plan = ScanPlan(steps, steps, real, real, ~real, None)
+    plan = ScanPlan(steps, steps, real, real, ~real, ~real, torch.full((2,), length - 1), None)
     for i in range(3):
         block = other.double().backbone.layers[i]
         assert isinstance(block, Mamba2Block)

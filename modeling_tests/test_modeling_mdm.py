@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tiny import CANVAS, KINDS, batch, fixed_noise, tiny_config, tiny_model
+from gradients import assert_near, gradients
+from tiny import CANVAS, KINDS, TIME_IMAGE, TIME_TEXT, batch, fixed_noise, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
@@ -85,6 +86,40 @@ def test_the_mixer_equals_its_float64_oracle(kind):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_last_condition_tells_is_added_to_every_target_and_to_nothing_else(kind):
+    model = tiny_model().double()
+    inputs = batch([kind, "both"])  # the shorter row is padded
+    names = ("input_ids", "image_grid_hw", "attention_mask", "target_mask")
+    layout = model.model.layout(*(inputs[name] for name in names))
+    block, size = model.model.layers[1], model.config.hidden_size
+    h = torch.randn(*inputs["input_ids"].shape, size, dtype=torch.float64, requires_grad=True)
+    plan = plan_scans(model.config, layout, None)
+    got = block.with_condition(h, plan, None)
+    rows = []
+    for row, ids in zip(h, inputs["input_ids"].tolist(), strict=True):
+        start = min(ids.index(token) for token in (TIME_IMAGE, TIME_TEXT) if token in ids)
+        last = row[start - 1]
+        normed = last / (last.pow(2).mean() + model.config.rms_norm_eps).sqrt() * block.broadcast.norm.weight
+        told = block.broadcast.projection.weight @ normed
+        rows.append(torch.stack([x + told if i >= start and ids[i] else x for i, x in enumerate(row)]))
+    values = {"h": h, **dict(block.broadcast.named_parameters())}
+    assert_near({"out": got}, {"out": torch.stack(rows)}, 1e-6)  # the norm is in fp32
+    assert_near(gradients(values, [got]), gradients(values, [torch.stack(rows)]), 1e-5)
+
+
+def test_from_the_second_block_on_what_is_told_depends_on_the_words():
+    """The first block sees the last condition as it is embedded, before anything was read."""
+    model, inputs = tiny_model(), batch(["text_to_image"])
+    told = []
+    for word in (21, 40):
+        ids = torch.where(inputs["input_ids"] == 21, word, inputs["input_ids"])[:, :8]
+        state = model.read_conversation(ids, class_ids=inputs["class_ids"])
+        told.append([cache.condition for cache in state.unseen])
+    assert torch.equal(told[0][0], told[1][0])
+    assert all((one - other).abs().max() > 1e-4 for one, other in zip(told[0][1:], told[1][1:], strict=True))
+
+
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_a_padded_batch_equals_single_runs(sharing):
     model = tiny_model(scan_sharing=sharing)
@@ -113,7 +148,7 @@ def test_conditions_never_see_t_nor_the_targets():
 
 
 def test_targets_see_the_conditions_and_each_other():
-    model = tiny_model()
+    model = tiny_model(condition_broadcast=False)
     inputs = batch(["text_to_image"])
     noise = fixed_noise(inputs)
     other = inputs | {"input_ids": torch.where(inputs["input_ids"] == 21, 40, inputs["input_ids"])}
@@ -218,7 +253,7 @@ def test_every_diffusion_loss_falls_when_trained_on_one_batch(loss):
     fixed = {"timesteps": timesteps_of(inputs, 0.5), "noise": fixed_noise(inputs)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
-    for _ in range(40):
+    for _ in range(60):
         out = model(**inputs, **fixed)
         values.append(float(out.loss_se_image + out.loss_se_text))
         out.loss.backward()

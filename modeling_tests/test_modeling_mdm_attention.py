@@ -63,6 +63,9 @@ def rms(x, weight, eps):
 def block_oracle(weights, h, ids, config):
     """One row (l, hidden_size) through a block in float64: a loop over heads, queries and the keys that each sees."""
     size, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+    start = next(i for i, token in enumerate(ids) if token in (5, 6))
+    told = rms(h[start - 1], weights["broadcast.norm.weight"], eps) @ weights["broadcast.projection.weight"].T
+    h = torch.stack([row + told if i >= start and ids[i] else row for i, row in enumerate(h)])
     q, k, v = (rms(h, weights["norm.weight"], eps) @ weights["mixer.in_proj.weight"].T).split(size, dim=-1)
     places, rows = place_oracle(ids), []
     for i in range(len(ids)):

@@ -77,9 +77,11 @@ def test_muon_takes_the_projections_of_the_blocks_and_adamw_all_else_that_is_tra
     optimizer = muon_for(model, model.model.layers, 0.25, betas=(0.9, 0.9))
     muon, adamw = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[one].split(".")[-2] for one in muon} == {"in_proj", "out_proj"}
+    assert {names[one].split(".")[-2] for one in muon} == {"in_proj", "out_proj", "projection"}
     assert all(names[one].startswith("model.layers.") for one in muon)
-    assert not any("proj.weight" in names[one] and "layers" in names[one] for one in adamw)
+    assert not any(
+        names[one].endswith(("proj.weight", "projection.weight")) and "layers" in names[one] for one in adamw
+    )
     assert sorted(muon + adamw) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert optimizer.adamw.param_groups[0]["betas"] == (0.9, 0.9)

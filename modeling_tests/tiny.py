@@ -17,6 +17,7 @@ def tiny_config(**overrides) -> MDMConfig:
         "num_hidden_layers": 3,
         "state_size": 8,
         "head_dim": 16,
+        "condition_broadcast": True,
         "num_classes": 10,
         "vae_config": {
             "vocab_size": VOCAB,

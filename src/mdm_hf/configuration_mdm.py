@@ -92,6 +92,8 @@ class MDMConfig(PreTrainedConfig):
             the bias of dt are per direction. `"independent"`: projections per direction and modality.
             `"alternate"`: one direction per block, in turn.
         scan_directions: Number of image and of text orders: [4, 2] in the paper, [2, 1] in its ablation (Table 3).
+        condition_broadcast: Whether each block adds the state of the last condition, projected, to every position of
+            the target group: what was said then reaches each of them at once. False is the paper's.
         num_classes: Number of data categories; 0 for none.
         input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t
             for latents at unit scale, which fades as noise drowns the latent; or `"none"`, z_t itself.
@@ -152,6 +154,7 @@ class MDMConfig(PreTrainedConfig):
     chunk_size: int | None = None
     scan_sharing: Literal["shared", "independent", "alternate"] = "shared"
     scan_directions: list[int] | tuple[int, ...] = (4, 2)
+    condition_broadcast: bool = False
     num_classes: int = 0
     input_scaling: Literal["none", "posterior_mean"] = "posterior_mean"
     modality_gate: bool = False

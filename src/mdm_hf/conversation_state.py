@@ -28,11 +28,11 @@ from .sequence_layout import image_of_each_row, plan_scans
 
 
 FORMAT = "mdm-conversation-state"
-PARTS = ("conv", "ssm")  # of a block's cache
+PARTS = ("conv", "ssm")  # of a block's cache; with `condition_broadcast` also "condition"
 # Of the configuration, what a state depends on beside the weights.
 SIZES = (
     *("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "conv_kernel"),
-    *("scan_sharing", "scan_directions"),
+    *("scan_sharing", "scan_directions", "condition_broadcast"),
 )
 
 
@@ -111,9 +111,10 @@ class MDMConversationState:
             raise ValueError(f"Got {path}, a safetensors file of another kind; {need}.")
         try:
             sizes = json.loads(facts["sizes"])
+            parts = [*PARTS, *(["condition"] if sizes["condition_broadcast"] else [])]
             unseen, seen = (
                 [
-                    MDMConditionCache(**{part: tensors.pop(f"{branch}.{layer}.{part}") for part in PARTS})
+                    MDMConditionCache(**{part: tensors.pop(f"{branch}.{layer}.{part}") for part in parts})
                     for layer in range(sizes["num_hidden_layers"])
                 ]
                 for branch in ("unseen", "seen")
@@ -133,6 +134,7 @@ class MDMConversationState:
         wanted = {
             "conv": (batch, of["conv_kernel"] - 1, directions, inner + 2 * of["state_size"]),
             "ssm": (batch, directions * inner // of["head_dim"], of["head_dim"], of["state_size"]),
+            "condition": (batch, of["hidden_size"]),
         }
         for name, value in self._tensors().items():
             is_state = name not in ("has_image", "length")

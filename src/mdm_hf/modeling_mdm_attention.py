@@ -82,12 +82,13 @@ class MDMAttentionBlock(MDMLayer):
     """h + attention(norm(h)), then h + mlp(norm(h)); padding, which sees itself alone, stays zero."""
 
     def __init__(self, config: MDMConfig):
-        super().__init__()
+        super().__init__(config)
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = MDMAttention(config)
         self.mlp_norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MDMGatedMLP(config)
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: MDMConditionCache | None = None) -> Tensor:
+        hidden_states = self.with_condition(hidden_states, plan, cache)
         hidden_states = hidden_states + self.mixer(self.norm(hidden_states), plan, cache)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))

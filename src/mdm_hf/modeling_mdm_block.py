@@ -1,7 +1,7 @@
 """The block of MDM: scan switch, causal convolution, selective scan, unscan (paper Sec. 4.2.1, Fig. 2f-g).
 
 Read bottom-up: `MDMProjections` and `MDMSelectiveScan` hold the weights, `MDMMixer` runs the scan switch over them,
-`MDMBlock` adds norm and skip.
+`MDMBlock` adds norm and skip. `MDMConditionBroadcast` is ours, and optional.
 
 Symbols
     h          hidden state of a position                                            (b, l, hidden_size)
@@ -23,7 +23,7 @@ from .checkpoints import rename_weights
 from .configuration_mdm import MDMConfig
 from .fused_scan import merge_gate_norm, scan_conv
 from .scan_switch import scan
-from .sequence_layout import ScanPlan, pick
+from .sequence_layout import AttentionPlan, ScanPlan, pick
 from .ssd import ssd
 
 
@@ -43,6 +43,7 @@ class MDMConditionCache:
         is_open: Whether passes add to it.
         conv: (b, conv_kernel - 1, k, inner_size + 2 state_size).
         ssm: (b, k * heads, head_dim, state_size), fp32.
+        condition: (b, hidden_size), what the last condition tells every target, with `condition_broadcast`.
         keys, values: (b, heads, l, head_dim).
         is_real: (b, l, 1), which of them are no padding.
         live: (b, n), places in the target group that passes bring; None where they bring all of it.
@@ -56,6 +57,7 @@ class MDMConditionCache:
     projected: list[Tensor] | None = None
     conv: Tensor | None = None
     ssm: Tensor | None = None
+    condition: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
     is_real: Tensor | None = None
@@ -79,7 +81,10 @@ class MDMConditionCache:
 
     def stacked_on(self, other: "MDMConditionCache") -> "MDMConditionCache":
         """A cache of the rows of this one, then those of the other one; not of a Transformer."""
-        return MDMConditionCache(conv=torch.cat([self.conv, other.conv]), ssm=torch.cat([self.ssm, other.ssm]))
+        stacked = MDMConditionCache(conv=torch.cat([self.conv, other.conv]), ssm=torch.cat([self.ssm, other.ssm]))
+        if self.condition is not None:
+            stacked.condition = torch.cat([self.condition, other.condition])
+        return stacked
 
 
 class MDMRMSNorm(nn.Module):
@@ -270,19 +275,57 @@ def last_steps(x: Tensor, order: Tensor, count: int, length: Tensor, before: Ten
     return torch.where((steps >= 0)[..., None, None], found, earlier)
 
 
+class MDMConditionBroadcast(nn.Module):
+    """h + W norm(h of the last condition) at every position of the target group (docs/mathematics.md, "Conditions at
+    every target").
+
+    The last condition, the `<|assistant|>` token of a prompt, has read all the others in every direction, and never
+    sees t: what it tells is computed once, and kept in the cache.
+    """
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, plan: ScanPlan | AttentionPlan, cache: MDMConditionCache | None
+    ) -> Tensor:
+        told = None if cache is None else cache.condition
+        if cache is None or cache.is_open:
+            last = plan.last_condition
+            rows = torch.arange(len(last), device=last.device)
+            new = self.projection(self.norm(hidden_states[rows, last.clamp(min=0)]))
+            told = torch.where((last >= 0).unsqueeze(-1), new, torch.zeros_like(new) if told is None else told)
+        if cache is not None and cache.is_open:
+            cache.condition = told
+        at = plan.in_target_group if cache is None or cache.live is None else cache.live_is_real
+        return hidden_states + told.unsqueeze(1) * at
+
+
 class MDMLayer(GradientCheckpointingLayer):
     """A block of either backbone: what hidden states are recorded of."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.broadcast = MDMConditionBroadcast(config) if config.condition_broadcast else None
+
+    def with_condition(
+        self, hidden_states: Tensor, plan: ScanPlan | AttentionPlan, cache: MDMConditionCache | None
+    ) -> Tensor:
+        return hidden_states if self.broadcast is None else self.broadcast(hidden_states, plan, cache)
 
 
 class MDMBlock(MDMLayer):
     """h + mixer(norm(h)); padding stays zero, so that it never enters a convolution."""
 
     def __init__(self, config: MDMConfig):
-        super().__init__()
+        super().__init__(config)
         self.norm = MDMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = MDMMixer(config)
 
     def forward(self, hidden_states: Tensor, plan: ScanPlan, cache: MDMConditionCache | None = None) -> Tensor:
+        hidden_states = self.with_condition(hidden_states, plan, cache)
         mixed = self.mixer(self.norm(hidden_states), plan, cache)
         is_real = plan.is_real if cache is None or cache.live is None else cache.live_is_real
         return (hidden_states + mixed) * is_real.to(hidden_states.dtype)

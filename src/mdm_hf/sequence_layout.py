@@ -64,6 +64,8 @@ class ScanPlan:
     is_real: Tensor  # (b, l, 1)
     step_is_real: Tensor  # (b, l, k)
     is_image: Tensor  # (b, l, 1): which projections a position uses where they differ by modality
+    in_target_group: Tensor  # (b, l, 1), without padding
+    last_condition: Tensor  # (b,): place of the last position of the prefix, -1 where there is none
     direction_weight: Tensor | None  # (b, 1, k, 1), None where every row uses every direction
 
     def alternating(self) -> list["ScanPlan"]:
@@ -77,6 +79,8 @@ class AttentionPlan:
     """Who sees whom, and by which angles queries and keys are turned, for a Transformer in place of the scans."""
 
     is_real: Tensor  # (b, l, 1)
+    in_target_group: Tensor  # (b, l, 1), without padding
+    last_condition: Tensor  # (b,): place of the last position of the prefix, -1 where there is none
     sees: Tensor  # (b, 1, l, l): [query, key]
     cos: Tensor  # (b, 1, l, head_dim / 2), fp32
     sin: Tensor
@@ -183,7 +187,17 @@ def plan_attention(config: MDMConfig, layout: SequenceLayout) -> AttentionPlan:
     count = config.head_dim // 4
     frequency = ROTARY_PERIOD ** (-torch.arange(count, device=sees.device, dtype=torch.float32) / count)
     angle = torch.cat([place.unsqueeze(-1) * frequency for place in (layout.row, layout.column)], dim=-1).unsqueeze(1)
-    return AttentionPlan(is_real.unsqueeze(-1), sees.unsqueeze(1), angle.cos(), angle.sin())
+    return AttentionPlan(
+        is_real.unsqueeze(-1), *_groups(layout), sees=sees.unsqueeze(1), cos=angle.cos(), sin=angle.sin()
+    )
+
+
+def _groups(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """A plan's `in_target_group` and `last_condition`."""
+    is_real, in_target_group = ~layout.is_padding, layout.in_target_group
+    place = torch.arange(is_real.shape[1], device=is_real.device)
+    last = torch.where(is_real & ~in_target_group, place, -1).amax(1)
+    return (is_real & in_target_group).unsqueeze(-1), last
 
 
 def plan_scans(config: MDMConfig, layout: SequenceLayout, has_image: Tensor | None) -> ScanPlan | AttentionPlan:
@@ -219,7 +233,7 @@ def plan_scans(config: MDMConfig, layout: SequenceLayout, has_image: Tensor | No
     rank = invert_order(order)
     is_real = ~layout.is_padding.unsqueeze(-1)
     step_is_real = scan(is_real.float(), order, rank).squeeze(-1)
-    return ScanPlan(order, rank, is_real, step_is_real, layout.is_image.unsqueeze(-1), weight)
+    return ScanPlan(order, rank, is_real, step_is_real, layout.is_image.unsqueeze(-1), *_groups(layout), weight)
 
 
 def image_of_each_row(layout: SequenceLayout) -> Tensor:

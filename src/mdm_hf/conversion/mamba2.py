@@ -103,7 +103,8 @@ def _plain(value: Any) -> Any:
 
 
 def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tensor]) -> None:
-    """Gives a model's blocks and last norm the weights of a Mamba-2; the dtype stays the model's.
+    """Gives a model's blocks and last norm the weights of a Mamba-2; the dtype stays the model's, and so does what a
+    Mamba-2 has not (`condition_broadcast`).
 
     Args:
         model: Is changed in place; its blocks are of "mamba" and share their projections.
@@ -134,7 +135,8 @@ def start_from_mamba2(model: MDMForMultiModalGeneration, weights: dict[str, Tens
 
 
 def to_mamba2(model: MDMForMultiModalGeneration, direction: int = 0) -> dict[str, Tensor]:
-    """One direction of a model's blocks by state-spaces' names, in the shapes of the table at the top of the file.
+    """One direction of a model's blocks by state-spaces' names, in the shapes of the table at the top of the file;
+    their condition broadcast is left out.
 
     Args:
         model: One whose blocks share their projections.
@@ -159,5 +161,6 @@ def to_mamba2(model: MDMForMultiModalGeneration, direction: int = 0) -> dict[str
 
 
 def _named_in(model: MDMForMultiModalGeneration) -> set[str]:
-    """Our names that a Mamba-2 has a weight for."""
-    return {name for name in model.state_dict() if name.startswith("model.layers.") or name == "model.norm.weight"}
+    """Our names that a Mamba-2 has a weight for; it has no condition broadcast."""
+    names = {name for name in model.state_dict() if name.startswith("model.layers.") and ".broadcast." not in name}
+    return names | {"model.norm.weight"}
