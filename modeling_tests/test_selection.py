@@ -5,12 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny import KINDS, batch, generators, tiny_model
+from tiny import IMAGE_TARGET, KINDS, batch, generators, tiny_model
 
 from mdm_hf import MDMGenerationConfig, MDMModel
 from mdm_hf.denoiser import Denoiser
 
 
+NAMES = ("selection_tolerance", "text_selection_tolerance")
 OPTIONS = {"num_inference_steps": 6, "modality_lag": 0.0}
 
 
@@ -64,9 +65,9 @@ def oracle(model):
 
     def look_at_all(self):
         skipped, self.skipped = self.skipped, torch.zeros_like(self.skipped)
-        tolerance, self.tolerance = self.tolerance, None  # the caches are told of no live positions
+        selects, self.selects = self.selects, False  # the caches are told of no live positions
         look(self)
-        self.skipped, self.tolerance = skipped, tolerance
+        self.skipped, self.selects = skipped, selects
 
     def watched(self, *args):
         view_of["now"] = self
@@ -178,6 +179,32 @@ def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:
         torch.testing.assert_close(alone.latents[0], together.latents[row, :length], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("modality_lag", [0.0, 1.0, -1.0])
+def test_a_modality_without_a_tolerance_is_left_alone(modality_lag) -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    options = {"modality_lag": modality_lag, "guidance_scale": 1.5, "text_selection_tolerance": 1e8}
+    frozen = drawn(model, inputs, **options).frozen_at >= 0
+    text_targets = (inputs["target_mask"] == 1) & (inputs["input_ids"] != IMAGE_TARGET)
+    assert (frozen & text_targets).any()
+    assert not (frozen & ~text_targets).any()
+
+
+def test_text_may_have_a_tolerance_of_its_own() -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    is_patch = inputs["input_ids"] == IMAGE_TARGET
+    strict = drawn(model, inputs, selection_tolerance=1e8, text_selection_tolerance=0.0).frozen_at >= 0
+    assert (strict & is_patch).any()
+    assert not (strict & ~is_patch).any()
+
+
+def test_one_tolerance_is_that_of_both() -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    one = drawn(model, inputs, selection_tolerance=3.0)
+    both = drawn(model, inputs, selection_tolerance=3.0, text_selection_tolerance=3.0)
+    assert one.frozen_at.equal(both.frozen_at)
+    assert one.latents.equal(both.latents)
+
+
 def test_when_everything_has_converged_no_call_is_made() -> None:
     out = drawn(tiny_model(), batch(["caption", "text"]), selection_tolerance=1e8)
     assert len(out.num_live) == 1
@@ -186,7 +213,9 @@ def test_when_everything_has_converged_no_call_is_made() -> None:
 
 def test_a_tolerance_that_is_none_is_refused() -> None:
     for tolerance in (-1, "low", True, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="`selection_tolerance` is .*; it must be a number, 0 or more, or None"):
-            MDMGenerationConfig(selection_tolerance=tolerance)
-    with pytest.raises(ValueError, match="Got selection_tolerance with use_cache=False; it needs the cache"):
-        MDMGenerationConfig(selection_tolerance=0.1, use_cache=False)
+        for name in NAMES:
+            with pytest.raises(ValueError, match=f"`{name}` is .*; it must be a number, 0 or more, or None"):
+                MDMGenerationConfig(**{name: tolerance})
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f"Got {name} with use_cache=False; it needs the cache"):
+            MDMGenerationConfig(**{name: 0.1, "use_cache": False})

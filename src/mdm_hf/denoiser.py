@@ -37,7 +37,10 @@ class Denoiser:
         self.clean = pick(conditions, self.index[0])
         self.frozen, self.skipped, self.is_done = (torch.zeros_like(self.layout.is_target) for _ in range(3))
         self.has_frozen = False
-        self.tolerance = sampling.selection_tolerance
+        self.tolerances = {"image": sampling.selection_tolerance, "text": sampling.selection_tolerance}
+        if sampling.text_selection_tolerance is not None:
+            self.tolerances["text"] = sampling.text_selection_tolerance
+        self.selects = any(tolerance is not None for tolerance in self.tolerances.values())
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None
         self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
@@ -93,7 +96,7 @@ class Denoiser:
         self.pair_layout.level = self.pair_level.masked_fill(clean, 0)
         self.pair_layout.is_target = self.pair_target & ~clean
         self.live_pair = self.pair_layout.select(self.live.repeat(pairs, 1), is_real.repeat(pairs, 1))
-        if self.tolerance is not None:
+        if self.selects:
             for states in self.cache:
                 states.live, states.live_is_real = self.live.repeat(pairs, 1), is_real.repeat(pairs, 1).unsqueeze(-1)
         self.text = (live.is_text & live.is_target).nonzero(as_tuple=True)
@@ -136,11 +139,13 @@ class Denoiser:
 
         The fixed point of a text token is its likeliest token. That of a patch is where its prediction would come to
         at alpha_bar = 1, if it went on as it did since the call before. A modality that is done stands still, too,
-        while the other goes on. Returns z (b, m, d).
+        while the other goes on. A modality without a tolerance is left alone. Returns z (b, m, d).
         """
         moves, is_done = (torch.zeros_like(self.layout.is_target) for _ in range(2))
         goes_on = step < max(track.last for track in tracks) - 1
         for track in tracks:
+            if self.tolerances[track.modality] is None:
+                continue
             moves[track.at] = track.first <= step < track.last - 1
             is_done[track.at] = goes_on and step >= track.last - 1
         levels = [self.model.model.alpha_bar_at(self.layout, self._times(tracks, calls)) for calls in (step, step - 1)]
@@ -154,7 +159,8 @@ class Denoiser:
             entropy[row, self.live[row, place]] = text_score_entropy(self.logits, self.logits.argmax(-1))
         self.before = z_0
         self.skipped = self.frozen  # this call has seen them as they are
-        new = self.layout.is_target & (is_done | (moves & (entropy <= self.tolerance)))
+        image, text = (-1.0 if one is None else one for one in (self.tolerances["image"], self.tolerances["text"]))
+        new = self.layout.is_target & (is_done | (moves & (entropy <= torch.where(self.layout.is_text, text, image))))
         z_0 = torch.where(is_done.unsqueeze(-1), z, z_0)
         row, place = new.nonzero(as_tuple=True)
         mask = torch.zeros_like(self.full_layout.is_target)
@@ -168,7 +174,8 @@ class Denoiser:
         """t of image and text (b, 2) when `calls` network calls are done; 0 where a row has no such target."""
         t = torch.zeros(len(self.live), 2, device=self.live.device)
         for track in tracks:
-            t[:, track.level - 1] = torch.where(track.rows, track.time_after(calls), t[:, track.level - 1])
+            column = ("image", "text").index(track.modality)
+            t[:, column] = torch.where(track.rows, track.time_after(calls), t[:, column])
         return t
 
     def predict(self, z: Tensor, tracks: list, step: int) -> Tensor:
@@ -200,7 +207,7 @@ class Denoiser:
             if self.guided:
                 bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
                 logits = bare + self.scales["text"] * (logits - bare)
-            self.logits = None if self.tolerance is None else logits
+            self.logits = logits if self.selects else None
             latent = vae.expected_token_latent(logits / self.text_temperature)
             mixed = mixed.index_put(self.text, latent.float())
         else:

@@ -20,6 +20,7 @@ SAMPLING_OPTIONS = (
     "strength",
     "min_new_tokens",
     "selection_tolerance",
+    "text_selection_tolerance",
     "use_cache",
 )
 
@@ -46,6 +47,9 @@ class MDMGenerationConfig(GenerationConfig):
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
             None is off.
+        text_selection_tolerance: That of text where it is to differ from that of images; None is
+            `selection_tolerance`. 0.5 freezes a token that has 61% of the probability: words then follow each other
+            better, as what is still open sees what is decided, and not a mean of all that it may be.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -63,6 +67,7 @@ class MDMGenerationConfig(GenerationConfig):
         self.strength = kwargs.pop("strength", 1.0)
         self.min_new_tokens = kwargs.pop("min_new_tokens", 0)
         self.selection_tolerance = kwargs.pop("selection_tolerance", None)
+        self.text_selection_tolerance = kwargs.pop("text_selection_tolerance", None)
         self.use_cache = kwargs.pop("use_cache", True)
         self._from_model_config = kwargs.pop("_from_model_config", False)
         self._commit_hash = kwargs.pop("_commit_hash", None)
@@ -106,12 +111,14 @@ class MDMGenerationConfig(GenerationConfig):
         least = self.min_new_tokens
         if (fewest := whole(least, 0)) is None or fewest >= 2**63:
             raise ValueError(f"`min_new_tokens` is {least!r:.60}; it must be a whole number, 0 or more, below 2**63.")
-        tolerance = self.selection_tolerance
-        if tolerance is not None:
+        for name in ("selection_tolerance", "text_selection_tolerance"):
+            tolerance = getattr(self, name)
+            if tolerance is None:
+                continue
             if not _is_number(tolerance) or not 0 <= tolerance < 1e9:
-                raise ValueError(f"`selection_tolerance` is {tolerance!r}; it must be a number, 0 or more, or None.")
+                raise ValueError(f"`{name}` is {tolerance!r}; it must be a number, 0 or more, or None.")
             if not self.use_cache:
-                raise ValueError("Got selection_tolerance with use_cache=False; it needs the cache; drop one of them.")
+                raise ValueError(f"Got {name} with use_cache=False; it needs the cache; drop one of them.")
 
     @staticmethod
     def _get_default_generation_params() -> dict:

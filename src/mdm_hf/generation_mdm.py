@@ -75,7 +75,7 @@ class MDMGenerateOutput(ModelOutput):
 class _Track:
     """The time grid of one modality in those rows that target it alone, or together with the other one."""
 
-    level: int  # 1 image, 2 text
+    modality: str  # "image" or "text"
     rows: Tensor  # (b,) bool, rows that it concerns
     at: tuple[Tensor, Tensor]  # row and place of each of its n targets, two of (n,)
     generators: list | None  # one a target, for solvers that draw
@@ -262,7 +262,7 @@ class MDMGenerationMixin:
         tracks = self._tracks(view.layout, scheduler, config, generators)
         z = view.start(tracks)
         steps = range(max(track.last for track in tracks))
-        selection = _Selection(view) if config.selection_tolerance is not None else None
+        selection = _Selection(view) if view.selects else None
         for step in hf_logging.tqdm(steps, desc="Denoising", disable=not progress_bar):
             if selection is not None and not bool(view.layout.is_target.any()):
                 break  # everything has converged
@@ -344,7 +344,7 @@ class MDMGenerationMixin:
         has_both = (image.any(1) & text.any(1)).unsqueeze(1)
         delay = round((steps - skipped) * abs(lag))
         tracks = []
-        for level, modality, mask, is_first in ((1, "image", image, lag <= 0), (2, "text", text, lag >= 0)):
+        for modality, mask, is_first in (("image", image, lag <= 0), ("text", text, lag >= 0)):
             for rows, first in ((~has_both, 0), (has_both, 0 if is_first else delay)):
                 if bool((mask & rows).any()):
                     alpha_bar = self.model.alpha_bar_of(modality)
@@ -355,7 +355,7 @@ class MDMGenerationMixin:
                     draws = "generator" in inspect.signature(solver.step).parameters and None not in generators
                     of_target = [generators[i] for i in row.tolist()] if draws else None
                     on_rows = (mask & rows).any(1)
-                    where = level, on_rows, (row, place), of_target
+                    where = modality, on_rows, (row, place), of_target
                     tracks.append(_Track(*where, first, solver, times[skipped:], skipped))
         return tracks
 
