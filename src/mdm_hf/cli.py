@@ -16,6 +16,7 @@ from .publishing import command as publishing
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
 MODEL_HELP = "folder or Hub repository (default: %(default)s)"
+SELECTION = "nats of a token at which it is decided, and stays; 0.5 is 61%% (default: the model's)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
+    generate.add_argument("--text-selection-tolerance", type=float, help=SELECTION)
     generate.add_argument(
         "--modality-lag", type=float, help="1 the text is done before the image, 0 both at once (default: the model's)"
     )
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
+    evaluate.add_argument("--text-selection-tolerance", type=float, help=SELECTION)
     evaluate.add_argument(
         "--seed",
         type=int,
@@ -282,6 +285,7 @@ def _generate(options) -> None:
         guidance_scale=options.guidance_scale,
         text_guidance_scale=options.text_guidance_scale,
         text_temperature=options.text_temperature,
+        text_selection_tolerance=options.text_selection_tolerance,
         modality_lag=options.modality_lag,
         seed=options.seed,
     )

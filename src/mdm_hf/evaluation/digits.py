@@ -57,6 +57,7 @@ def evaluate_digits(
     guidance_scale: float | None = None,
     text_guidance_scale: float | None = None,
     text_temperature: float | None = None,
+    text_selection_tolerance: float | None = None,
     seed: int = 0,
 ) -> dict:
     """Runs the six tasks and scores them.
@@ -65,7 +66,7 @@ def evaluate_digits(
         pipe: [`MDMPipeline`] of a model trained on the digits.
         num_samples: Samples per task.
         num_inference_steps: Solver steps of each.
-        guidance_scale, text_guidance_scale, text_temperature: The model's defaults if None.
+        guidance_scale, text_guidance_scale, text_temperature, text_selection_tolerance: The model's defaults if None.
         seed: Of samples, captions and questions; no two seeds share a sample.
 
     Returns:
@@ -86,6 +87,7 @@ def evaluate_digits(
         "guidance_scale": guidance_scale,
         "text_guidance_scale": text_guidance_scale,
         "text_temperature": text_temperature,
+        "text_selection_tolerance": text_selection_tolerance,
     }
     started = time.perf_counter()
 
@@ -178,6 +180,7 @@ def run(options) -> dict:
             guidance_scale=options.guidance_scale,
             text_guidance_scale=options.text_guidance_scale,
             text_temperature=options.text_temperature,
+            text_selection_tolerance=options.text_selection_tolerance,
             seed=seed,
         )
         for seed in options.seed

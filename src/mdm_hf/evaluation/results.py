@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 
-SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature")
+SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature", "text_selection_tolerance")
 
 
 def settings_hash(settings: dict) -> str:

@@ -27,6 +27,8 @@ PARAMETERS = (
     "guidance_scale",
     "text_guidance_scale",
     "text_temperature",
+    "selection_tolerance",
+    "text_selection_tolerance",
     "modality_lag",
     "scheduler",
     "seed",
