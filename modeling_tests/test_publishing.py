@@ -1,6 +1,7 @@
 """Claims about cards, `mdm push` and `mdm pull`: a card says what the files beside it say; what is pushed is whole,
 and checked before the Hub hears of it; what was stopped goes on."""
 
+import io
 import json
 import os
 import re
@@ -203,6 +204,19 @@ def test_notes_that_are_not_understood_are_refused(folder, text, message) -> Non
 def test_examples_that_are_not_understood_are_refused(folder, example, message) -> None:
     with pytest.raises(ValueError, match=message):
         draw_examples(folder, [example])
+
+
+def test_an_example_that_is_refused_leaves_the_pictures_of_before_and_a_lost_picture_is_drawn_again(folder) -> None:
+    examples, picture = read_notes(folder)["examples"], folder / "examples" / "1.png"
+    before = picture.read_bytes()
+    with pytest.raises(ValueError, match="`seed` is -4"):
+        draw_examples(folder, [examples[0] | {"seed": 77}, {"text": "a three", "seed": -4}])
+    assert picture.read_bytes() == before
+    assert not draw_examples(folder, examples)
+    picture.unlink()
+    assert draw_examples(folder, examples)
+    with Image.open(picture) as again, Image.open(io.BytesIO(before)) as first:
+        assert ImageChops.difference(again, first).getbbox() is None
 
 
 def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:
