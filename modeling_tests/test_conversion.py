@@ -944,6 +944,9 @@ def test_the_state_of_a_training_comes_along_to_another_dtype(model, tmp_path) -
         ({"dtype": "bfloat16", "target": "out.pt"}, "--dtype bfloat16 for .*; convert to a folder first"),
         ({"use": "ema"}, "--use ema for .*; need a training loop's .pt"),
         ({"like": "mdm-digits"}, "--like mdm-digits for .*, which has all of its own"),
+        ({"direction": 1}, "--direction 1 for .*, where it would do nothing"),
+        ({"seed": 4}, "--seed 4 for .*, where it would do nothing"),
+        ({"max_shard_size": "1MB", "target": "out.pt"}, "--max-shard-size 1MB for .*, where it would do nothing"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(folder, tmp_path, options, message) -> None:
