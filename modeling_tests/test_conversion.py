@@ -1003,6 +1003,24 @@ def test_a_config_that_is_no_mapping_is_refused(folder, tmp_path) -> None:
         convert(folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "with a processor that cannot be made"),
+        ("processor_config.json", "[]", "with a processor that cannot be made"),
+        ("generation_config.json", "[]", "with a generation_config.json that holds a list; need a mapping"),
+        ("scheduler/scheduler_config.json", "[]", "scheduler_config.json that holds a list; need a mapping"),
+        ("scheduler/scheduler_config.json", '{"_class_name": 5}', "was saved with the scheduler 5"),
+    ],
+)
+def test_a_file_of_other_json_than_ours_is_refused_in_words(tmp_path, name, content, message) -> None:
+    source = Path(shutil.copytree(DIGITS, tmp_path / "source"))
+    (source / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_weight_under_two_names_is_refused(model, tmp_path) -> None:
     held = loop_checkpoint(model, tmp_path / "step.pt")
     name, value = next(iter(held["model"].items()))

@@ -390,6 +390,13 @@ def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:
         check_weights(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_cannot_be_followed_is_refused_by_its_name(tmp_path, text) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json, which cannot be followed .*; need it whole"):
+        check_weights(tmp_path)
+
+
 def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, capsys) -> None:
     assert main(["pull", "org/nowhere", str(tmp_path / "new")]) == 2
     assert "Repository" in capsys.readouterr().err

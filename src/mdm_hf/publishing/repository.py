@@ -240,7 +240,12 @@ def check_weights(folder: Path) -> None:
         ValueError: with the file's name.
     """
     index = folder / "model.safetensors.index.json"
-    where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    try:
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        if any(Path(name).name != name for name in where.values()):
+            raise ValueError("it names files elsewhere")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"Got {index}, which cannot be followed ({error}); need it whole; {AGAIN}") from error
     for name in sorted(set(where.values()) | {path.name for path in folder.glob("*.safetensors")}):
         try:
             with safe_open(folder / name, framework="pt") as file:
