@@ -413,6 +413,20 @@ def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, caps
         ("examples.json", "{}", "examples.json is missing, or of other weights"),
         ("recipe.yaml", "a: [", "recipe.yaml, which is not YAML"),
         ("recipe.yaml", "a: 1", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: 5, stages: {}}", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: {}, stages: [1]}", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: {}, stages: {a: 1}}", "recipe.yaml, which is no recipe"),
+        (
+            "speed.json",
+            '{"rows": [{}], "machine": {}, "num_inference_steps": 1}',
+            "no result of benchmarks/checkpoint_sp",
+        ),
+        (
+            "speed.json",
+            '{"rows": 5, "machine": [], "num_inference_steps": 1}',
+            "no result of benchmarks/checkpoint_sp",
+        ),
         ("model.safetensors", "short", "model.safetensors, which cannot be read"),
     ],
 )
@@ -422,6 +436,25 @@ def test_a_broken_file_beside_the_card_is_refused_by_its_name(folder, name, text
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         card_of(folder)
+
+
+@pytest.mark.parametrize("change", [{"settings": []}, {"benchmark": 5}, {"intervals": 5}, {"intervals": {"a": [1]}}])
+def test_a_result_of_another_form_is_refused_by_its_name(folder, change) -> None:
+    result = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps(result | change))
+    with pytest.raises(ValueError, match="scores.json whose benchmark is no text"):
+        card_of(folder)
+
+
+def test_notes_of_comments_alone_are_those_of_a_folder_without(folder) -> None:
+    (folder / "card.yaml").write_text("# name: later\n")
+    assert read_notes(folder)["summary"] == NOTES["summary"]
+
+
+def test_a_readme_that_is_no_text_is_refused_by_its_name(folder, capsys) -> None:
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    assert main(["card", str(folder)]) == 2
+    assert "README.md, which is no text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"a": None}, {"a": "x"}, 3])

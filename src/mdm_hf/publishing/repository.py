@@ -83,8 +83,9 @@ def _add_card(folder: Path, target: Path, repo_id: str) -> None:
     """The card into the staged folder, with all that it shows: somebody's own, or one that is made for the weights.
     Examples that have to be drawn for it are kept in the model's folder."""
     own = folder / CARD
-    text = own.read_text(encoding="utf-8") if own.is_file() else ""
-    if not text or is_generated(own):
+    is_ours = not own.is_file() or is_generated(own)
+    text = "" if is_ours else own.read_text(encoding="utf-8")
+    if not text:
         draw_examples(folder, read_notes(folder)["examples"])
         text = card_of(folder, repo_id)
     (target / CARD).write_text(text, encoding="utf-8")
