@@ -944,6 +944,9 @@ def test_the_state_of_a_training_comes_along_to_another_dtype(model, tmp_path) -
         ({"dtype": "bfloat16", "target": "out.pt"}, "--dtype bfloat16 for .*; convert to a folder first"),
         ({"use": "ema"}, "--use ema for .*; need a training loop's .pt"),
         ({"like": "mdm-digits"}, "--like mdm-digits for .*, which has all of its own"),
+        ({"direction": 1}, "--direction 1 for .*, where it would do nothing"),
+        ({"seed": 4}, "--seed 4 for .*, where it would do nothing"),
+        ({"max_shard_size": "1MB", "target": "out.pt"}, "--max-shard-size 1MB for .*, where it would do nothing"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(folder, tmp_path, options, message) -> None:
@@ -998,6 +1001,24 @@ def test_a_config_that_is_no_mapping_is_refused(folder, tmp_path) -> None:
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="config.json with list; need a mapping of settings"):
         convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "with a processor that cannot be made"),
+        ("processor_config.json", "[]", "with a processor that cannot be made"),
+        ("generation_config.json", "[]", "with a generation_config.json that holds a list; need a mapping"),
+        ("scheduler/scheduler_config.json", "[]", "scheduler_config.json that holds a list; need a mapping"),
+        ("scheduler/scheduler_config.json", '{"_class_name": 5}', "was saved with the scheduler 5"),
+    ],
+)
+def test_a_file_of_other_json_than_ours_is_refused_in_words(tmp_path, name, content, message) -> None:
+    source = Path(shutil.copytree(DIGITS, tmp_path / "source"))
+    (source / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_under_two_names_is_refused(model, tmp_path) -> None:

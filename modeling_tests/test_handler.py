@@ -174,6 +174,13 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
         ({"inputs": "a three", "parameters": []}, "Got parameters of type list; need a dict"),
         ({"inputs": "a three", "parameters": {"height": "8", "width": 8}}, "Got a picture of '8' x 8; need whole"),
         ({"inputs": {"class": "3"}}, "Got the class '3'; need a whole number"),
+        ({"inputs": "a three", "seed": 3}, "Got the field(s) seed; need inputs, question and parameters alone"),
+        ({"inputs": "a three", "parameters": {"top_k": 3}}, "Got top_k without a question; need both"),
+        ({"inputs": "a three", "image": "iVBORw0KGgo"}, "Got image without a question; need both"),
+        (
+            {"inputs": "x", "question": "which digit?", "parameters": {"generate": "image"}},
+            "Got a question with generate 'image'; need 'text'",
+        ),
         (
             {"inputs": "a three", "parameters": {"scheduler": "VQDiffusionScheduler"}},
             "`scheduler` is 'VQDiffusionScheduler', which cannot be made from the model's betas",
@@ -227,6 +234,8 @@ def test_a_body_that_is_no_object_is_refused(handler, body) -> None:
 def test_a_pictures_bytes_are_a_request(handler) -> None:
     [answer] = handler({"inputs": as_png(Image.new("L", (8, 8)))})
     assert answer["generated_text"]
+    with pytest.raises(ValueError, match="which holds no image that Pillow can read"):
+        handler({"inputs": b""})
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])

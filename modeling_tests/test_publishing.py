@@ -1,6 +1,7 @@
 """Claims about cards, `mdm push` and `mdm pull`: a card says what the files beside it say; what is pushed is whole,
 and checked before the Hub hears of it; what was stopped goes on."""
 
+import io
 import json
 import os
 import re
@@ -205,6 +206,19 @@ def test_examples_that_are_not_understood_are_refused(folder, example, message) 
         draw_examples(folder, [example])
 
 
+def test_an_example_that_is_refused_leaves_the_pictures_of_before_and_a_lost_picture_is_drawn_again(folder) -> None:
+    examples, picture = read_notes(folder)["examples"], folder / "examples" / "1.png"
+    before = picture.read_bytes()
+    with pytest.raises(ValueError, match="`seed` is -4"):
+        draw_examples(folder, [examples[0] | {"seed": 77}, {"text": "a three", "seed": -4}])
+    assert picture.read_bytes() == before
+    assert not draw_examples(folder, examples)
+    picture.unlink()
+    assert draw_examples(folder, examples)
+    with Image.open(picture) as again, Image.open(io.BytesIO(before)) as first:
+        assert ImageChops.difference(again, first).getbbox() is None
+
+
 def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     assert main(["card", str(folder)]) == 2
@@ -376,6 +390,13 @@ def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:
         check_weights(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_cannot_be_followed_is_refused_by_its_name(tmp_path, text) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json, which cannot be followed .*; need it whole"):
+        check_weights(tmp_path)
+
+
 def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, capsys) -> None:
     assert main(["pull", "org/nowhere", str(tmp_path / "new")]) == 2
     assert "Repository" in capsys.readouterr().err
@@ -392,6 +413,20 @@ def test_a_repository_that_is_not_there_is_an_error_in_words(hub, tmp_path, caps
         ("examples.json", "{}", "examples.json is missing, or of other weights"),
         ("recipe.yaml", "a: [", "recipe.yaml, which is not YAML"),
         ("recipe.yaml", "a: 1", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: 5, stages: {}}", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: {}, stages: [1]}", "recipe.yaml, which is no recipe"),
+        ("recipe.yaml", "{data: {}, stages: {a: 1}}", "recipe.yaml, which is no recipe"),
+        (
+            "speed.json",
+            '{"rows": [{}], "machine": {}, "num_inference_steps": 1}',
+            "no result of benchmarks/checkpoint_sp",
+        ),
+        (
+            "speed.json",
+            '{"rows": 5, "machine": [], "num_inference_steps": 1}',
+            "no result of benchmarks/checkpoint_sp",
+        ),
         ("model.safetensors", "short", "model.safetensors, which cannot be read"),
     ],
 )
@@ -401,6 +436,25 @@ def test_a_broken_file_beside_the_card_is_refused_by_its_name(folder, name, text
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         card_of(folder)
+
+
+@pytest.mark.parametrize("change", [{"settings": []}, {"benchmark": 5}, {"intervals": 5}, {"intervals": {"a": [1]}}])
+def test_a_result_of_another_form_is_refused_by_its_name(folder, change) -> None:
+    result = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps(result | change))
+    with pytest.raises(ValueError, match="scores.json whose benchmark is no text"):
+        card_of(folder)
+
+
+def test_notes_of_comments_alone_are_those_of_a_folder_without(folder) -> None:
+    (folder / "card.yaml").write_text("# name: later\n")
+    assert read_notes(folder)["summary"] == NOTES["summary"]
+
+
+def test_a_readme_that_is_no_text_is_refused_by_its_name(folder, capsys) -> None:
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    assert main(["card", str(folder)]) == 2
+    assert "README.md, which is no text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"a": None}, {"a": "x"}, 3])

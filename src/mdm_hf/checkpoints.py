@@ -45,7 +45,7 @@ def read_json(path: Any, file: str, subfolder: str = "", is_needed: bool = False
     """A JSON file of a folder or Hub repository; None if it is not there.
 
     Raises:
-        ValueError: it is there and is not whole, or it `is_needed` and not there.
+        ValueError: it is there and is not whole or no mapping, or it `is_needed` and not there.
     """
     full = f"{subfolder}/{file}" if subfolder else file
     found = cached_file(path, full, _raise_exceptions_for_missing_entries=False, **repository)
@@ -57,11 +57,14 @@ def read_json(path: Any, file: str, subfolder: str = "", is_needed: bool = False
             )
         return None
     try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
+        held = json.loads(Path(found).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"Got {path} with a {full} that is not whole JSON ({error}); need its files whole; {AGAIN}"
         ) from error
+    if not isinstance(held, dict):
+        raise ValueError(f"Got {path} with a {full} that holds a {type(held).__name__}; need a mapping; {AGAIN}")
+    return held
 
 
 class MDMCheckpointMixin:

@@ -108,7 +108,8 @@ class MDMProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except ValueError as error:  # names neither the repository nor the file
+        # Of files that are no mappings, or lack a key, transformers raises whatever comes first; none names the file.
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} with a processor that cannot be made ({error}); need "
                 "processor_config.json, tokenizer_config.json and tokenizer.json, whole; push or download them again, "

@@ -150,7 +150,7 @@ def load_solver(path, subfolder: str = "", is_needed: bool = False, **repository
         logger.info(f"{path} has no {SOLVER}; using the model's default solver.")
         return None
     kind = config.get("_class_name")
-    if not hasattr(diffusers, kind or ""):
+    if not isinstance(kind, str) or not hasattr(diffusers, kind):
         raise ValueError(
             f"{path} was saved with the scheduler {kind!r}, which diffusers {diffusers.__version__} does not have; "
             f"update diffusers, or mend {SOLVER}."

@@ -89,8 +89,15 @@ def convert(
         raise ValueError(f"Got --dtype {dtype} for {done}, which keeps each weight's; convert to a folder first.")
     if use is not None and came != "training":
         raise ValueError(f"Got --use {use} for {source} ({came}); need a training loop's .pt, which may hold both.")
-    if like is not None and came == "mdm":
+    if like is not None and came in ("mdm", "sentencepiece"):
         raise ValueError(f"Got --like {like} for {source}, which has all of its own; leave it out.")
+    for name, value, default, does in (
+        ("max-shard-size", max_shard_size, "5GB", goes == "mdm" and came != "sentencepiece"),
+        ("direction", direction, 0, goes == "mamba2"),
+        ("seed", seed, 0, came in ("mamba2", "autoencoder")),
+    ):
+        if value != default and not does:
+            raise ValueError(f"Got --{name} {value} for {done}, where it would do nothing; leave it out.")
     if goes == "sentencepiece":
         made = to_sentencepiece(source)
         with new_file(target, overwrite) as path:

@@ -78,10 +78,7 @@ def read_adapter(folder: Path) -> Adapter | None:
 
 
 def _settings(folder: Path) -> dict | None:
-    fields = read_json(str(folder), ADAPTER_CONFIG) if folder.is_dir() else None
-    if fields is not None and not isinstance(fields, dict):
-        raise ValueError(f"Got {folder / ADAPTER_CONFIG} with {type(fields).__name__}; need a mapping; save it again.")
-    return fields
+    return read_json(str(folder), ADAPTER_CONFIG) if folder.is_dir() else None
 
 
 def usage(place: str, adapter: Adapter, calls: list[str]) -> list[str]:

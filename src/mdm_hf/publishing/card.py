@@ -76,6 +76,7 @@ def read_notes(folder: Path) -> dict:
     """
     path = folder / NOTES_FILE
     given = read_file(path) if path.is_file() else {}
+    given = {} if given is None else given  # an empty file, or one of comments alone: every key may be left out
     if not isinstance(given, dict) or set(given) - set(NOTES):
         wrong = sorted(map(str, set(given) - set(NOTES))) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"Got {path} with {wrong}; need a mapping with some of {', '.join(NOTES)}.")
@@ -159,7 +160,10 @@ def check_readme(folder: Path, overwrite: bool = False) -> Path:
 
 def is_generated(path: Path) -> bool:
     """Whether a README.md is one of ours, or PEFT's that says nothing: one that nobody wrote."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"Got {path}, which is no text in UTF-8 ({error}); need one; save it as that.") from error
     return MADE_BY in text or is_template(text)
 
 
@@ -314,9 +318,24 @@ def _results(folder: Path) -> Iterator[dict]:
         values = [value for spread in spreads if isinstance(spread, dict) for value in spread.values()]
         if not all(isinstance(one, dict) for one in spreads) or not all(isinstance(v, int | float) for v in values):
             raise ValueError(f"Got {path} with scores that are no numbers by name; need those of `mdm evaluate`.")
+        intervals = result.get("intervals") or {}
+        if (
+            not isinstance(result["settings"], dict)
+            or not isinstance(result["benchmark"], str)
+            or not isinstance(intervals, dict)
+            or not all(_is_interval(ends) for ends in intervals.values())
+        ):
+            raise ValueError(
+                f"Got {path} whose benchmark is no text, whose settings are no mapping or whose intervals are no two "
+                "numbers each; need those of `mdm evaluate`; run it again or take the file away."
+            )
         if set(spreads[1]) != set(spreads[2]):
             raise ValueError(f"Got {path} whose `lowest` and `highest` name other scores; need both of each.")
         yield result | {"file": path.name}
+
+
+def _is_interval(ends: Any) -> bool:
+    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
 
 
 def _shown_scores(result: dict, shown: dict) -> Iterator[tuple[str, dict]]:
@@ -355,17 +374,22 @@ def _speed_section(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     speed = read_file(path)
-    if not isinstance(speed, dict) or {"rows", "machine", "num_inference_steps"} - set(speed):
-        raise ValueError(f"Got {path}, no result of benchmarks/checkpoint_speed.py; run it again, or take it away.")
     rows = [["task", "samples at once", "seconds a sample", "peak memory of the process"]]
-    for row in speed["rows"]:
-        rows.append([row["task"], str(row["batch"]), f"{row['seconds']:.3g}", f"{row['peak_mib']:.0f} MiB"])
-    machine = speed["machine"]
+    try:
+        for row in speed["rows"]:
+            rows.append([str(row["task"]), str(row["batch"]), f"{row['seconds']:.3g}", f"{row['peak_mib']:.0f} MiB"])
+        machine = speed["machine"]
+        where = f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
+        steps = speed["num_inference_steps"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Got {path}, no result of benchmarks/checkpoint_speed.py ({type(error).__name__}: {error}); run it "
+            "again, or take it away."
+        ) from error
     return [
         "## Speed and memory",
         _table(rows),
-        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"{speed['num_inference_steps']} solver steps; measured by benchmarks/checkpoint_speed.py of mdm-hf.",
+        f"{where}, {steps} solver steps; measured by benchmarks/checkpoint_speed.py of mdm-hf.",
     ]
 
 
@@ -443,7 +467,9 @@ def _sizes(folder: Path) -> str:
 def _training(folder: Path, notes: dict) -> list[str]:
     found = [path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()]
     recipe = read_file(found[0]) if found else None
-    if recipe is not None and not (isinstance(recipe, dict) and {"data", "stages"} <= set(recipe)):
+    data, stages = (recipe.get("data"), recipe.get("stages")) if isinstance(recipe, dict) else (None, None)
+    is_whole = isinstance(data, dict) and isinstance(stages, dict)
+    if found and not (is_whole and all(isinstance(stage, dict) for stage in stages.values())):
         raise ValueError(f"Got {found[0]}, which is no recipe; need the one that was trained by; take it away.")
     trained_on = notes["trained_on"]
     if trained_on is None:

@@ -55,14 +55,13 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
             raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
         if "image" in example:
             _check_picture(folder, example["image"])
-    if not examples or (folder / EXAMPLES).is_file() and _key(folder, examples) == _read(folder)["key"]:
+    if not examples or _are_drawn(folder, examples):
         return False
     if checkpoint_hash(folder) is None:
         raise ValueError(f"Got {folder} with examples and no weights; need both, or no examples; take them away.")
     pipe = pipe or MDMPipeline.from_pretrained(str(folder), device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    (folder / FOLDER).mkdir(exist_ok=True)
-    drawn = []
+    drawn, pictures = [], {}
     for number, example in enumerate(examples, start=1):
         conditions: dict[str, Any] = {"text": example.get("text"), "class_ids": example.get("class_id")}
         if "image" in example:
@@ -73,11 +72,24 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
         made = {"text": " ".join(result["text"])} if result["text"] else {}
         if result["images"]:
             made["image"] = f"{FOLDER}/{number}.png"
-            enlarged(result["images"][0]).save(folder / made["image"])
+            pictures[made["image"]] = enlarged(result["images"][0])
         drawn.append(example | {"made": made})
     found = {"key": _key(folder, examples), "examples": drawn}
+    # Only now, when none was refused: else a picture of these would lie under the examples of before.
+    (folder / EXAMPLES).unlink(missing_ok=True)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / name)
     (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return True
+
+
+def _are_drawn(folder: Path, examples: list[dict]) -> bool:
+    """Whether all that these weights make of the examples lies there."""
+    if not (folder / EXAMPLES).is_file() or _key(folder, examples) != _read(folder)["key"]:
+        return False
+    made = [example["made"].get("image") for example in _read(folder)["examples"]]
+    return all((folder / name).is_file() for name in made if name)
 
 
 def _check_picture(folder: Path, name: Any) -> None:

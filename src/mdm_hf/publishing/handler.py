@@ -38,6 +38,7 @@ PARAMETERS = (
     "width",
     "top_k",
 )
+FIELDS = ("inputs", "question", "image", "parameters")  # the client sends a question's picture as "image" too
 CONDITIONS = ("text", "image", "class", "messages")
 MOST_SAMPLES = 16
 MOST_STEPS = 200
@@ -71,17 +72,28 @@ class EndpointHandler:
         """
         if not isinstance(data, dict):
             raise ValueError(f"Got a body of type {type(data).__name__}; need an object with 'inputs'.")
+        if unknown := sorted(map(str, set(data) - set(FIELDS))):
+            raise ValueError(
+                f"Got the field(s) {', '.join(unknown)}; need inputs, question and parameters alone; put options, "
+                "such as a seed, under 'parameters'."
+            )
         inputs = data.get("inputs")
+        is_picture = isinstance(inputs, bytes | Image.Image) or _is_picture(inputs)
         if isinstance(inputs, bytes):
-            inputs = base64.b64encode(inputs).decode()
-            return self.described({"images": _image(inputs)}, {"generate": "text"} | _options(_parameters(data)))
+            inputs = f"data:image/any;base64,{base64.b64encode(inputs).decode()}"
         if inputs is None or inputs == "":
             raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
         options = _options(_parameters(data))
-        top_k = options.pop("top_k", ANSWERS_DRAWN)
         if "question" in data:
+            top_k = options.pop("top_k", ANSWERS_DRAWN)
+            if options.setdefault("generate", "text") not in ("text", ["text"]):
+                raise ValueError(
+                    f"Got a question with generate {options['generate']!r}; need 'text', or leave it out."
+                )
             return self.answers(_image(data.get("image", inputs)), data["question"], options)[:top_k]
-        if isinstance(inputs, Image.Image) or _is_picture(inputs):
+        if idle := {"top_k", "image"} & (set(data) | set(options)):
+            raise ValueError(f"Got {min(idle)} without a question; need both; a picture alone goes under 'inputs'.")
+        if is_picture:
             return self.described({"images": _image(inputs)}, {"generate": "text"} | options)
         if isinstance(inputs, str):
             return self.described({"text": _text(inputs)}, {"generate": "image"} | options)
@@ -101,9 +113,7 @@ class EndpointHandler:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"Got the question {question!r}; need a text.")
         drawn = {"num_return_sequences": ANSWERS_DRAWN} | options
-        texts = [
-            one["text"][0] for one in self.pipe(text=_text(question), images=image, **drawn | {"generate": "text"})
-        ]
+        texts = [one["text"][0] for one in self.pipe(text=_text(question), images=image, **drawn)]
         return [{"answer": text, "score": count / len(texts)} for text, count in Counter(texts).most_common()]
 
 
@@ -126,7 +136,7 @@ def _options(given: Any) -> dict:
             f"Got parameters of type {type(given).__name__}; need a dict of some of {', '.join(PARAMETERS)}."
         )
     options = {name: value for name, value in given.items() if value is not None}
-    if unknown := sorted(set(options) - set(PARAMETERS)):
+    if unknown := sorted(map(str, set(options) - set(PARAMETERS))):
         raise ValueError(f"Got the parameter(s) {', '.join(unknown)}; need some of {', '.join(PARAMETERS)}.")
     for name, most in (
         ("num_return_sequences", MOST_SAMPLES),

@@ -83,8 +83,9 @@ def _add_card(folder: Path, target: Path, repo_id: str) -> None:
     """The card into the staged folder, with all that it shows: somebody's own, or one that is made for the weights.
     Examples that have to be drawn for it are kept in the model's folder."""
     own = folder / CARD
-    text = own.read_text(encoding="utf-8") if own.is_file() else ""
-    if not text or is_generated(own):
+    is_ours = not own.is_file() or is_generated(own)
+    text = "" if is_ours else own.read_text(encoding="utf-8")
+    if not text:
         draw_examples(folder, read_notes(folder)["examples"])
         text = card_of(folder, repo_id)
     (target / CARD).write_text(text, encoding="utf-8")
@@ -240,7 +241,12 @@ def check_weights(folder: Path) -> None:
         ValueError: with the file's name.
     """
     index = folder / "model.safetensors.index.json"
-    where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    try:
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        if any(Path(name).name != name for name in where.values()):
+            raise ValueError("it names files elsewhere")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"Got {index}, which cannot be followed ({error}); need it whole; {AGAIN}") from error
     for name in sorted(set(where.values()) | {path.name for path in folder.glob("*.safetensors")}):
         try:
             with safe_open(folder / name, framework="pt") as file:
