@@ -185,6 +185,16 @@ def test_only_options_that_are_none_of_ours_are_warned_about_in_one_line(model, 
     )
 
 
+def test_an_average_that_is_not_taken_comes_back_as_well(model, tmp_path) -> None:
+    weights = model.state_dict()
+    average = {name: weight * 0.5 for name, weight in weights.items()}
+    torch.save({"model": weights, "ema": {"shadow": average}, "config": model.config.to_dict()}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "ours", use="model")
+    convert(tmp_path / "ours", tmp_path / "b.pt")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)["ema"]["shadow"]
+    assert all(torch.equal(back[name], average[name]) for name in average)
+
+
 def test_an_average_that_is_not_there_is_not_taken(model, tmp_path) -> None:
     held = loop_checkpoint(model, tmp_path / "step.pt")
     del held["ema"]

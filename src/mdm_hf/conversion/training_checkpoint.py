@@ -88,7 +88,8 @@ def from_training(path: Path, config: MDMConfig | None = None, use: str | None =
             raise ValueError(f"Got {path} without a config; need one; give a preset or a model's folder with --like.")
         config = _config(held[config_key], path)
     model = assembled(weights, config)
-    model.training_state = {key: value for key, value in held.items() if key not in (model_key, ema_key, config_key)}
+    taken = {model_key, config_key} | ({ema_key} if takes_ema else set())  # an average that is not is kept as it is
+    model.training_state = {key: value for key, value in held.items() if key not in taken}
     if takes_ema:  # for the way back
         model.training_state[RAW] = raw
     return model
