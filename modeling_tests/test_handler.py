@@ -163,6 +163,10 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
         ({"inputs": "a three", "parameters": {"num_inference_steps": 0}}, "need a whole number from 1 to 200"),
         ({"inputs": "a three", "parameters": {"height": 8}}, "Got one of height and width; need both"),
         ({"inputs": "a three", "parameters": {"height": 8192, "width": 8192}}, "1048576 pixels at most"),
+        (
+            {"inputs": "a three", "parameters": {"height": 1024, "width": 1024}},
+            "looks at one; need 262144 at most; ask for a smaller picture, fewer steps or fewer samples",
+        ),
         ({"inputs": "a three", "parameters": {"height": 7, "width": 7}}, "7"),
         ({"inputs": "a three", "parameters": {"negative_prompt": "a four"}}, "Got the parameter(s) negative_prompt"),
         ({"inputs": {"class": 12}}, "12"),

@@ -44,6 +44,7 @@ MOST_SAMPLES = 16
 MOST_STEPS = 200
 MOST_TOKENS = 1024
 MOST_PIXELS = 1024 * 1024  # of a picture to be made
+MOST_WORK = 2**18  # patches and tokens to be made, times steps, times samples: minutes of a CPU's core
 ANSWERS_DRAWN = 8  # of which an answer's share is its score
 
 
@@ -84,6 +85,7 @@ class EndpointHandler:
         if inputs is None or inputs == "":
             raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
         options = _options(_parameters(data))
+        self.check_work(options)
         if "question" in data:
             top_k = options.pop("top_k", ANSWERS_DRAWN)
             if options.setdefault("generate", "text") not in ("text", ["text"]):
@@ -98,6 +100,20 @@ class EndpointHandler:
         if isinstance(inputs, str):
             return self.described({"text": _text(inputs)}, {"generate": "image"} | options)
         return self.described(_conditions(inputs), options)
+
+    def check_work(self, options: dict) -> None:
+        """Raises ValueError for more than one request may take of a machine that others wait for."""
+        processor, generation = self.pipe.processor, self.pipe.model.generation_config
+        size = processor.image_processor.size
+        height, width = options.get("image_size") or processor.image_size or (size.height, size.width)
+        made = height * width // processor.patch_size**2 + options.get("max_new_tokens", processor.max_new_tokens)
+        steps = options.get("num_inference_steps", generation.num_inference_steps)
+        samples = options.get("num_return_sequences", 1)
+        if isinstance(steps, int) and made * steps * samples > MOST_WORK:
+            raise ValueError(
+                f"Got {samples} sample(s) of {made} patches and tokens in {steps} steps, {made * steps * samples} "
+                f"looks at one; need {MOST_WORK} at most; ask for a smaller picture, fewer steps or fewer samples."
+            )
 
     def described(self, conditions: dict, options: dict) -> Any:
         """Samples of MDMPipeline's one call: a picture where nothing else is made, else texts and pictures."""
