@@ -1,9 +1,9 @@
 """How do the scores of a run on the shapes world grow with its steps?
 
-The average of each checkpoint, which is what would have been published there, is scored by the shapes benchmark. What
-to expect: which shapes and colours a text asks for comes before how many and where, drawing before describing, and
-what is still rising at the last checkpoint was cut off, not finished. A run keeps its checkpoints with
-stages.diffusion.save_total_limit=100.
+The average of each checkpoint, which is what would have been published there, is scored by the shapes benchmark, drawn
+as the run's recipe says under `generation`. What to expect: which shapes and colours a text asks for comes before how
+many and where, drawing before describing, and what is still rising at the last checkpoint was cut off, not finished. A
+run keeps its checkpoints with stages.diffusion.save_total_limit=100.
 
     python benchmarks/learning_curve.py --small                              # a minute, shows that it runs
     python benchmarks/learning_curve.py --run runs/shapes/diffusion --processor runs/shapes/processor \
@@ -99,9 +99,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="score each n-th checkpoint, counted from the last")
     parser.add_argument("--steps-before", type=int, default=0, help="of the run that this one went on from")
     parser.add_argument("--num-samples", type=int, default=100, help="a task, of the validation split")
-    parser.add_argument("--steps", type=int, default=20, help="solver steps")
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
-    parser.add_argument("--text-temperature", type=float, default=0.7)
     parser.add_argument("--output", type=Path, help="JSON of the points; those in it are not made again")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -110,10 +107,10 @@ def main() -> None:
             run_recipe(load_recipe(small_recipe(Path(scratch))))
             made = Path(scratch) / "run"
             options.run, options.processor = made / "diffusion", made / "processor"
-            options.num_samples, options.steps = 65, 1
+            options.num_samples = 65
         known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else []
-        sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-        sampling |= {"text_guidance_scale": 1.0, "text_temperature": options.text_temperature}
+        recipe = yaml.safe_load((options.run.parent / "recipe.yaml").read_text("utf-8"))
+        sampling = recipe["generation"] | ({"num_inference_steps": 1} if options.small else {})
         processor = MDMProcessor.from_pretrained(options.processor)
         which = options.every, options.steps_before
         points = curve(options.run, processor, sampling, options.num_samples, known, *which)
