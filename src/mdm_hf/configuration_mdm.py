@@ -93,7 +93,7 @@ class MDMConfig(PreTrainedConfig):
             `"alternate"`: one direction per block, in turn.
         scan_directions: Number of image and of text orders: [4, 2] in the paper, [2, 1] in its ablation (Table 3).
         condition_broadcast: Whether each block adds the state of the last condition, projected, to every position of
-            the target group: what was said then reaches each of them at once. False is the paper's.
+            the target group, which so is told at once what was said. False is the paper's.
         num_classes: Number of data categories; 0 for none.
         input_scaling: What the blocks see of z_t: `"posterior_mean"`, sqrt(alpha_bar) z_t, the mean of z_0 given z_t
             for latents at unit scale, which fades as noise drowns the latent; or `"none"`, z_t itself.
