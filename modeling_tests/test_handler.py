@@ -167,6 +167,11 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
             {"inputs": "a three", "parameters": {"height": 1024, "width": 1024}},
             "looks at one; need 262144 at most; ask for a smaller picture, fewer steps or fewer samples",
         ),
+        (
+            {"question": "a", "parameters": {"max_new_tokens": 1024, "num_inference_steps": 200}}
+            | {"inputs": "a three"},
+            "Got 8 sample(s) of 1040 patches and tokens in 200 steps",
+        ),
         ({"inputs": "a three", "parameters": {"height": 7, "width": 7}}, "7"),
         ({"inputs": "a three", "parameters": {"negative_prompt": "a four"}}, "Got the parameter(s) negative_prompt"),
         ({"inputs": {"class": 12}}, "12"),

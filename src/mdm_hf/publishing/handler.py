@@ -85,7 +85,7 @@ class EndpointHandler:
         if inputs is None or inputs == "":
             raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
         options = _options(_parameters(data))
-        self.check_work(options)
+        self.check_work(({"num_return_sequences": ANSWERS_DRAWN} if "question" in data else {}) | options)
         if "question" in data:
             top_k = options.pop("top_k", ANSWERS_DRAWN)
             if options.setdefault("generate", "text") not in ("text", ["text"]):
