@@ -676,6 +676,25 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path, make: Callable) -> N
     assert (target / "old" if target.is_dir() else target).read_text() == "old"
 
 
+@pytest.mark.parametrize("name", ["out", "out.pt"])
+def test_a_place_where_nothing_can_be_made_is_refused_by_its_name(folder, tmp_path, name) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match=f"Got .*{name} to write, but nothing can be made in .*file .*; need a place"):
+        convert(folder, tmp_path / "file" / name)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_file_of_a_kind_that_nothing_becomes_is_refused_unless_a_folder_is_meant(folder, tmp_path) -> None:
+    target = tmp_path / "weights.json"
+    with pytest.raises(
+        ValueError, match=r"weights.json, a file of a kind .* or a file in .pt, .*--as mdm for a folder"
+    ):
+        convert(folder, target)
+    assert not target.exists()
+    convert(folder, target, kind="mdm")
+    assert (target / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("goes", ["folder", "file", "nowhere"])
 def test_a_symbolic_link_is_no_place_and_the_message_says_why(folder, tmp_path, goes, overwrite) -> None:
@@ -784,6 +803,7 @@ def test_weights_of_an_earlier_saving_beside_the_models_are_not_read(model, fold
             "other, which",
         ),
         (lambda index: index.pop("weight_map"), "cannot be followed"),
+        (lambda index: index["weight_map"].clear(), "cannot be followed .it names no weights"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_refused(model, tmp_path, change, message) -> None:

@@ -139,6 +139,19 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
     [
         ({}, "Body needs to provide a inputs key"),
         ({"inputs": ""}, "Got no inputs; need a text, a picture or a dict"),
+        ({"inputs": " "}, "Got no inputs; need a text, a picture or a dict"),
+        ({"inputs": {"text": None}}, "Got inputs {'text': None} with null alone; need some of text, image, class"),
+        ({"inputs": {"text": " "}}, "Got an empty text; need one with something in it; leave it out"),
+        (said({"type": "text", "text": ""}), "Got an empty text; need one with something in it; leave it out"),
+        ({"inputs": "a three", "parameters": {"generate": {"image": 1}}}, "Got generate {'image': 1}; need 'image', "),
+        (
+            {"inputs": "a three", "parameters": {"max_new_tokens": 3}},
+            "Got max_new_tokens with generate 'image', where they would do nothing; need them where a text is made",
+        ),
+        (
+            {"inputs": {"class": 3}, "parameters": {"generate": ["text"], "height": 8, "width": 8}},
+            "Got height and width with generate ['text'], where they would do nothing; need them where a picture is",
+        ),
         ({"inputs": 3}, "Got inputs 3; need a text, a picture, or a dict of text, image, class, messages"),
         ({"inputs": {"video": "x"}}, "need a text, a picture, or a dict of text"),
         ({"inputs": {"image": "https://example.org/three.png"}}, "which holds no image that Pillow can read"),
@@ -170,7 +183,7 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
         (
             {"question": "a", "parameters": {"max_new_tokens": 1024, "num_inference_steps": 200}}
             | {"inputs": "a three"},
-            "Got 8 sample(s) of 1040 patches and tokens in 200 steps",
+            "Got 8 sample(s) of 1024 patches and tokens in 200 steps",
         ),
         ({"inputs": "a three", "parameters": {"height": 7, "width": 7}}, "7"),
         ({"inputs": "a three", "parameters": {"negative_prompt": "a four"}}, "Got the parameter(s) negative_prompt"),

@@ -369,7 +369,7 @@ def test_lists_of_different_lengths_are_refused(processor: MDMProcessor) -> None
         processor(text=[])
 
 
-@pytest.mark.parametrize("generate", ["video", ("image", "sound"), "", (), "images", 3])
+@pytest.mark.parametrize("generate", ["video", ("image", "sound"), "", (), "images", 3, {"image": 1}])
 def test_an_unknown_or_empty_generate_is_refused(processor: MDMProcessor, generate) -> None:
     with refuses(r"Got generate with .*; need 'image', 'text' or both; name what to make\."):
         processor(text="a three", generate=generate)

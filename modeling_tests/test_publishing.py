@@ -127,6 +127,8 @@ def test_settings_and_intervals_stand_beside_the_scores() -> None:
         (("type: text-to-image", "type: text-to-thought"), "the task 'text-to-thought', which is none"),
         (("library_name: transformers", "library_name: mdm-hf"), "the library 'mdm-hf', which is none"),
         (("license: apache-2.0\n", ""), "Got a card with no license; need one that the Hub accepts"),
+        (("license: apache-2.0\n", "license: mine\n"), "the license 'mine', which is none of the Hub's: `other`"),
+        (("](demo.png)", "](a demo.png)"), "the picture 'a demo.png', whose name has a space, at which"),
         (("url: examples/1.png", "url: examples/9.png"), "the picture examples/9.png, which is not in"),
         (("widget:\n", "widget:\n- no mapping\n"), "the widget example 'no mapping', which is no mapping"),
         (("](demo.png)", "](lost.png)"), "the picture lost.png, which is not in"),
@@ -148,7 +150,7 @@ def test_scores_and_examples_of_other_weights_are_refused(folder) -> None:
     with pytest.raises(ValueError, match="scores of the weights .* beside the weights .*; need scores of these"):
         card_of(folder)
     (folder / "scores.json").unlink()
-    with pytest.raises(ValueError, match="examples.json is missing, or of other weights or examples"):
+    with pytest.raises(ValueError, match="examples.json is missing, or of other weights, examples or pictures"):
         card_of(folder)
 
 
@@ -213,10 +215,13 @@ def test_an_example_that_is_refused_leaves_the_pictures_of_before_and_a_lost_pic
         draw_examples(folder, [examples[0] | {"seed": 77}, {"text": "a three", "seed": -4}])
     assert picture.read_bytes() == before
     assert not draw_examples(folder, examples)
-    picture.unlink()
-    assert draw_examples(folder, examples)
-    with Image.open(picture) as again, Image.open(io.BytesIO(before)) as first:
-        assert ImageChops.difference(again, first).getbbox() is None
+    for harm in (picture.unlink, lambda: shutil.copy(folder / "digit.png", picture)):
+        harm()
+        with pytest.raises(ValueError, match="of other weights, examples or pictures; need what these weights make"):
+            card_of(folder)
+        assert draw_examples(folder, examples)
+        with Image.open(picture) as again, Image.open(io.BytesIO(before)) as first:
+            assert ImageChops.difference(again, first).getbbox() is None
 
 
 def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:
@@ -304,9 +309,9 @@ def test_a_public_repository_is_no_place_for_a_private_push(hub, folder) -> None
 
 
 def test_the_hubs_own_refusal_of_a_card_comes_before_anything_is_made(hub, folder) -> None:
-    text = (DIGITS / "README.md").read_text(encoding="utf-8").replace(MADE_BY, "")
-    (folder / "README.md").write_text(text.replace("license: apache-2.0", "license: mine"), encoding="utf-8")
-    with pytest.raises(ValueError, match="Got a card that the Hub refuses: .*license"):
+    text = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: any-to-any\ntags: mine\n---\nMine.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="Got a card that the Hub refuses: .*tags"):
         push(folder, "org/mine")
     assert not hub.repositories
 
@@ -316,6 +321,13 @@ def test_a_card_that_somebody_wrote_is_pushed_as_it_is(hub, folder) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
     push(folder, "org/mine")
     assert files(hub, "org/mine")["README.md"].decode() == text
+
+
+def test_pictures_that_earlier_examples_left_behind_stay_here(hub, folder) -> None:
+    shutil.copy(folder / "digit.png", folder / "examples" / "9.png")
+    push(folder, "org/mine")
+    pushed = {name for name in files(hub, "org/mine") if name.startswith("examples/")}
+    assert pushed == {f"examples/{number}.png" for number in (1, 4, 5)}
 
 
 def test_a_dry_run_lists_everything_and_asks_the_hub_nothing(hub, folder, capsys) -> None:
@@ -390,7 +402,9 @@ def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:
         check_weights(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}']
+)
 def test_an_index_that_cannot_be_followed_is_refused_by_its_name(tmp_path, text) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="model.safetensors.index.json, which cannot be followed .*; need it whole"):
@@ -457,7 +471,7 @@ def test_a_readme_that_is_no_text_is_refused_by_its_name(folder, capsys) -> None
     assert "README.md, which is no text in UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"a": None}, {"a": "x"}, 3])
+@pytest.mark.parametrize("change", [{"a": None}, {"a": "x"}, {"a": float("nan")}, {"a": True}, 3])
 def test_scores_that_are_no_numbers_are_refused(folder, change) -> None:
     result = json.loads((folder / "scores.json").read_text())
     (folder / "scores.json").write_text(json.dumps(result | {"scores": change}))

@@ -8,7 +8,7 @@ text, which is then all to be made, and a text may hold the mask token, once for
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,7 +201,8 @@ def _spans(text: Any, mask: Any) -> list[tuple[int, int | None]] | None:
 
 def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
     """`generate` as a tuple; the template orders it."""
-    asked = (generate,) if isinstance(generate, str) or not isinstance(generate, Iterable) else tuple(generate)
+    is_many = isinstance(generate, Iterable) and not isinstance(generate, str | Mapping)
+    asked: tuple = tuple(generate) if is_many else (generate,)
     unknown = [one for one in asked if one not in MODALITIES]
     if unknown or not asked:
         got = repr(unknown[0]) if unknown else "nothing"

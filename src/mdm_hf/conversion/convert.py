@@ -38,6 +38,7 @@ from .training_checkpoint import EMA, STATE, WRAPPERS, assembled, from_training,
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ELSEWHERE = (".json", ".yaml", ".txt", ".gguf", ".onnx", ".h5", ".npz", ".zip", ".tar", ".gz")  # of files, no folders
 WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
 
 
@@ -84,6 +85,11 @@ def convert(
     check_apart(target, source, *([Path(like)] if like and Path(like).exists() else []))
     by_name = {**dict.fromkeys(PICKLES, "training"), ".model": "sentencepiece", ".safetensors": "mamba2"}
     goes = kind or by_name.get(target.suffix.lower(), "mdm")
+    if kind is None and target.suffix.lower() in ELSEWHERE:
+        raise ValueError(
+            f"Got --to {target}, a file of a kind that nothing here becomes; need a folder, or a file in "
+            f"{', '.join(by_name)}; give another name, or --as mdm for a folder of that name."
+        )
     done = f"{source} ({came}) -> {target} ({goes})"
     if dtype is not None and (goes != "mdm" or came == "sentencepiece"):
         raise ValueError(f"Got --dtype {dtype} for {done}, which keeps each weight's; convert to a folder first.")

@@ -110,6 +110,8 @@ def _shards(index: Path) -> dict[str, list[str]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
+        if not places:
+            raise ValueError("it names no weights")
         for name, shard in places.items():
             if Path(shard).name != shard or not (index.parent / shard).is_file():
                 raise ValueError(f"{shard!r} is no file beside it")
@@ -201,8 +203,15 @@ def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
         raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
     if whole.exists() and not (whole.is_dir() if is_folder else whole.is_file()):
         raise ValueError(f"Got {target} to write, which is there and no {wanted}; need a {wanted}; give another name.")
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    return whole
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{whole.name}-", dir=whole.parent):
+            return whole
+    except OSError as error:
+        raise type(error)(
+            f"Got {target} to write, but nothing can be made in {whole.parent} ({error.strerror}); need a place that "
+            "one may write to; give another name."
+        ) from error
 
 
 def check_shard_size(given: str | int) -> None:

@@ -10,6 +10,7 @@ A folder without weights gets a card that says untrained. A README.md that someb
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,8 @@ def check_card(text: str, folder: Path) -> None:
     faults = []
     if not data.get("license"):
         faults.append("no license")
+    elif data["license"] not in names["licenses"]:
+        faults.append(f"the license {data['license']!r}, which is none of the Hub's: `other` stands for any")
     tasks = [result["task"]["type"] for model in data.get("model-index", []) for result in model["results"]]
     faults += [
         f"the task {task!r}, which is none of the Hub's"
@@ -235,12 +238,16 @@ def check_card(text: str, folder: Path) -> None:
     ]
     if data.get("library_name") not in names["libraries"]:
         faults.append(f"the library {data.get('library_name')!r}, which is none of the Hub's")
-    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
+    shown = re.findall(r"!\[[^\]]*\]\(\s*([^)\"]*[^)\"\s])", text)
     for example in data.get("widget") or []:
         if not isinstance(example, dict) or not isinstance(example.get("output", {}), dict):
             faults.append(f"the widget example {example!r}, which is no mapping with its output")
             continue
         shown += [example.get("src"), example.get("output", {}).get("url")]
+    faults += [
+        f"the picture {name!r}, whose name has a space, at which Markdown ends an address"
+        for name in sorted({name for name in shown if name and " " in name})
+    ]
     faults += [
         f"the picture {name}, which is not in {folder}"
         for name in sorted({name for name in shown if name and "://" not in name})
@@ -316,7 +323,7 @@ def _results(folder: Path) -> Iterator[dict]:
             )
         spreads = [result["scores"], result.get("lowest", {}), result.get("highest", {})]
         values = [value for spread in spreads if isinstance(spread, dict) for value in spread.values()]
-        if not all(isinstance(one, dict) for one in spreads) or not all(isinstance(v, int | float) for v in values):
+        if not all(isinstance(one, dict) for one in spreads) or not all(map(_is_number, values)):
             raise ValueError(f"Got {path} with scores that are no numbers by name; need those of `mdm evaluate`.")
         intervals = result.get("intervals") or {}
         if (
@@ -335,7 +342,12 @@ def _results(folder: Path) -> Iterator[dict]:
 
 
 def _is_interval(ends: Any) -> bool:
-    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+
+
+def _is_number(value: Any) -> bool:
+    """A score: neither a truth value nor what JSON of Python's takes and the Hub does not, NaN and infinities."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown_scores(result: dict, shown: dict) -> Iterator[tuple[str, dict]]:

@@ -55,7 +55,7 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
             raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
         if "image" in example:
             _check_picture(folder, example["image"])
-    if not examples or _are_drawn(folder, examples):
+    if not examples or _drawn(folder, examples) is not None:
         return False
     if checkpoint_hash(folder) is None:
         raise ValueError(f"Got {folder} with examples and no weights; need both, or no examples; take them away.")
@@ -74,22 +74,26 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
             made["image"] = f"{FOLDER}/{number}.png"
             pictures[made["image"]] = enlarged(result["images"][0])
         drawn.append(example | {"made": made})
-    found = {"key": _key(folder, examples), "examples": drawn}
     # Only now, when none was refused: else a picture of these would lie under the examples of before.
     (folder / EXAMPLES).unlink(missing_ok=True)
     (folder / FOLDER).mkdir(exist_ok=True)
     for name, picture in pictures.items():
         picture.save(folder / name)
+    made = {name: file_hash(folder / name) for name in pictures}
+    found = {"key": _key(folder, examples), "pictures": made, "examples": drawn}
     (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return True
 
 
-def _are_drawn(folder: Path, examples: list[dict]) -> bool:
-    """Whether all that these weights make of the examples lies there."""
-    if not (folder / EXAMPLES).is_file() or _key(folder, examples) != _read(folder)["key"]:
-        return False
-    made = [example["made"].get("image") for example in _read(folder)["examples"]]
-    return all((folder / name).is_file() for name in made if name)
+def _drawn(folder: Path, examples: list[dict]) -> list[dict] | None:
+    """The examples with what these weights made of them, if all of it lies there as it was made."""
+    found = _read(folder) if (folder / EXAMPLES).is_file() else None
+    if found is None or _key(folder, examples) != found["key"]:
+        return None
+    is_whole = all(
+        (folder / name).is_file() and file_hash(folder / name) == made for name, made in found["pictures"].items()
+    )
+    return found["examples"] if is_whole else None
 
 
 def _check_picture(folder: Path, name: Any) -> None:
@@ -109,16 +113,16 @@ def drawn_examples(folder: Path, examples: list[dict]) -> list[dict]:
     """The examples, each with what was "made" of it.
 
     Raises:
-        ValueError: they were not drawn, or by other weights.
+        ValueError: they were not drawn, or by other weights, or a picture is not what was drawn.
     """
     if not examples:
         return []
-    if not (folder / EXAMPLES).is_file() or _key(folder, examples) != _read(folder)["key"]:
+    if (drawn := _drawn(folder, examples)) is None:
         raise ValueError(
-            f"Got {folder} whose {EXAMPLES} is missing, or of other weights or examples; need what these weights make "
-            "of these; draw them with `mdm card`."
+            f"Got {folder} whose {EXAMPLES} is missing, or of other weights, examples or pictures; need what these "
+            "weights make of these; draw them with `mdm card`."
         )
-    return _read(folder)["examples"]
+    return drawn
 
 
 def enlarged(image: Image.Image) -> Image.Image:
@@ -140,4 +144,5 @@ def _read(folder: Path) -> dict:
         raise ValueError(
             f"Got {path}, which is not JSON ({error}); take it away, and `mdm card` draws anew."
         ) from error
-    return held if isinstance(held, dict) and {"key", "examples"} <= set(held) else {"key": None, "examples": []}
+    is_whole = isinstance(held, dict) and {"key", "examples"} <= set(held) and isinstance(held.get("pictures"), dict)
+    return held if is_whole else {"key": None, "pictures": {}, "examples": []}

@@ -82,13 +82,17 @@ class EndpointHandler:
         is_picture = isinstance(inputs, bytes | Image.Image) or _is_picture(inputs)
         if isinstance(inputs, bytes):
             inputs = f"data:image/any;base64,{base64.b64encode(inputs).decode()}"
-        if inputs is None or inputs == "":
+        if inputs is None or (isinstance(inputs, str) and not inputs.strip()):
             raise ValueError("Got no inputs; need a text, a picture or a dict of conditions under 'inputs'.")
-        options = _options(_parameters(data))
-        self.check_work(({"num_return_sequences": ANSWERS_DRAWN} if "question" in data else {}) | options)
-        if "question" in data:
+        is_question, both = "question" in data, ("image", "text")
+        usual = "text" if is_question or is_picture else "image" if isinstance(inputs, str) else both
+        options = {"generate": usual} | _options(_parameters(data))
+        if is_question:
+            options = {"num_return_sequences": ANSWERS_DRAWN} | options
+        self.check_work(options)
+        if is_question:
             top_k = options.pop("top_k", ANSWERS_DRAWN)
-            if options.setdefault("generate", "text") not in ("text", ["text"]):
+            if options["generate"] not in ("text", ["text"]):
                 raise ValueError(
                     f"Got a question with generate {options['generate']!r}; need 'text', or leave it out."
                 )
@@ -96,17 +100,27 @@ class EndpointHandler:
         if idle := {"top_k", "image"} & (set(data) | set(options)):
             raise ValueError(f"Got {min(idle)} without a question; need both; a picture alone goes under 'inputs'.")
         if is_picture:
-            return self.described({"images": _image(inputs)}, {"generate": "text"} | options)
+            return self.described({"images": _image(inputs)}, options)
         if isinstance(inputs, str):
-            return self.described({"text": _text(inputs)}, {"generate": "image"} | options)
+            return self.described({"text": _text(inputs)}, options)
         return self.described(_conditions(inputs), options)
 
     def check_work(self, options: dict) -> None:
-        """Raises ValueError for more than one request may take of a machine that others wait for."""
+        """Raises ValueError for more than one request may take of a machine that others wait for; for idle sizes."""
+        wanted = options["generate"]
+        makes = {kind: wanted == "auto" or kind in wanted for kind in ("image", "text")}
+        for name, kind in (("image_size", "image"), ("max_new_tokens", "text")):
+            if name in options and not makes[kind]:
+                given = "height and width" if name == "image_size" else name
+                raise ValueError(
+                    f"Got {given} with generate {wanted!r}, where they would do nothing; need them where "
+                    f"{'a picture' if kind == 'image' else 'a text'} is made; leave them out, or ask for {kind!r} too."
+                )
         processor, generation = self.pipe.processor, self.pipe.model.generation_config
         size = processor.image_processor.size
         height, width = options.get("image_size") or processor.image_size or (size.height, size.width)
-        made = height * width // processor.patch_size**2 + options.get("max_new_tokens", processor.max_new_tokens)
+        made = makes["image"] * (height * width // processor.patch_size**2)
+        made += makes["text"] * options.get("max_new_tokens", processor.max_new_tokens)
         steps = options.get("num_inference_steps", generation.num_inference_steps)
         samples = options.get("num_return_sequences", 1)
         if isinstance(steps, int) and made * steps * samples > MOST_WORK:
@@ -128,8 +142,7 @@ class EndpointHandler:
         """Answers to a question about a picture, the likeliest first; an answer's score is its share of the draws."""
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"Got the question {question!r}; need a text.")
-        drawn = {"num_return_sequences": ANSWERS_DRAWN} | options
-        texts = [one["text"][0] for one in self.pipe(text=_text(question), images=image, **drawn)]
+        texts = [one["text"][0] for one in self.pipe(text=_text(question), images=image, **options)]
         return [{"answer": text, "score": count / len(texts)} for text, count in Counter(texts).most_common()]
 
 
@@ -139,7 +152,9 @@ def _parameters(data: dict) -> Any:
 
 
 def _text(text: str) -> str:
-    """A text, if it has no half of a character, which JSON lets through and no tokenizer reads."""
+    """A text that says something, without half of a character, which JSON lets through and no tokenizer reads."""
+    if not text.strip():
+        raise ValueError("Got an empty text; need one with something in it; leave it out where there is none.")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("Got a text with half a character (a lone surrogate) in it; need whole ones.")
     return text
@@ -154,6 +169,8 @@ def _options(given: Any) -> dict:
     options = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(map(str, set(options) - set(PARAMETERS))):
         raise ValueError(f"Got the parameter(s) {', '.join(unknown)}; need some of {', '.join(PARAMETERS)}.")
+    if not isinstance(options.get("generate", ""), str | list):
+        raise ValueError(f"Got generate {options['generate']!r:.80}; need 'image', 'text', a list of both, or 'auto'.")
     for name, most in (
         ("num_return_sequences", MOST_SAMPLES),
         ("num_inference_steps", MOST_STEPS),
@@ -183,7 +200,10 @@ def _conditions(inputs: Any) -> dict:
         )
     if "messages" not in inputs:
         names = {"text": "text", "image": "images", "class": "class_ids"}
-        return {names[kind]: _checked(kind, value) for kind, value in inputs.items() if value is not None}
+        given = {names[kind]: _checked(kind, value) for kind, value in inputs.items() if value is not None}
+        if not given:
+            raise ValueError(f"Got inputs {inputs} with null alone; need some of {', '.join(CONDITIONS)}; give one.")
+        return given
     if len(inputs) > 1:
         raise ValueError("Got messages and other conditions; need the messages alone, which may hold the others.")
     if not isinstance(inputs["messages"], list):

@@ -92,8 +92,10 @@ def _add_card(folder: Path, target: Path, repo_id: str) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in (NOTES_FILE, SPEED, EXAMPLES) or path.match("*scores*.json") or path.match("*.png"):
             shutil.copy(path, target)
-    if (folder / FOLDER).is_dir():
-        shutil.copytree(folder / FOLDER, target / FOLDER)
+    for path in (folder / FOLDER).glob("*"):
+        if f"{FOLDER}/{path.name}" in text:  # what earlier examples left behind stays there
+            (target / FOLDER).mkdir(exist_ok=True)
+            shutil.copy(path, target / FOLDER)
     check_card(text, target)
 
 
@@ -245,6 +247,8 @@ def check_weights(folder: Path) -> None:
         where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         if any(Path(name).name != name for name in where.values()):
             raise ValueError("it names files elsewhere")
+        if index.is_file() and not where:
+            raise ValueError("it names no weights")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"Got {index}, which cannot be followed ({error}); need it whole; {AGAIN}") from error
     for name in sorted(set(where.values()) | {path.name for path in folder.glob("*.safetensors")}):
