@@ -692,6 +692,7 @@ def test_a_saved_processor_comes_back_equal(processor: MDMProcessor, load, tmp_p
     code = {
         "conversations.py",
         "image_processing_mdm.py",
+        "image_reading.py",
         "processing_mdm.py",
         "processing_options.py",
         "prompts.py",

@@ -2,24 +2,21 @@
 
 import math
 import os
-import re
-import warnings
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .image_reading import MODES, converted, is_unit, marked_by, opened
 
-MODES = {1: "L", 3: "RGB"}
+
 RANGE_SLACK = 1e-3  # what rounding may add to [-1, 1]
 WIDEST_BUCKET = 2  # long side to short side
 
@@ -151,7 +148,7 @@ class MDMImageProcessorPil(PilBackend):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, str | bytes | os.PathLike):
             source = image_url_or_urls
-            return self._open(os.fspath(source) if isinstance(source, os.PathLike) else source)
+            return opened(os.fspath(source) if isinstance(source, os.PathLike) else source, self.max_pixels)
         if isinstance(image_url_or_urls, Image.Image | np.ndarray | torch.Tensor):
             return image_url_or_urls
         raise ValueError(
@@ -162,36 +159,6 @@ class MDMImageProcessorPil(PilBackend):
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         """One image, a nested list of them, or a stack (n, c, h, w) -> a flat list."""
         return list(_flat(self.fetch_images(images)))
-
-    def _open(self, source: str | bytes) -> Image.Image:
-        name = (
-            f"{len(source)} bytes"
-            if isinstance(source, bytes)
-            else repr(source[:80] if source.startswith("data:") else source)
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
-            try:
-                if isinstance(source, str) and source.startswith(("http://", "https://")):
-                    return _fetched(source)
-                if isinstance(source, str) and source.startswith("data:image/"):
-                    source = b64decode(source.partition(",")[2])
-                return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-            except (UnidentifiedImageError, ValueError) as error:  # the latter: no base64
-                raise ValueError(
-                    f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file, "
-                    "or its bytes in base64 as a data URL."
-                ) from error
-            except (OSError, SyntaxError) as error:  # the latter is how Pillow reports a broken PNG
-                is_sent = isinstance(source, bytes) or source.startswith("data:")
-                remedy = "send the whole file" if is_sent else "check the path or the address"
-                raise ValueError(f"Got image {name}, which cannot be opened ({error}); {remedy}.") from error
-            except Image.DecompressionBombError as error:  # above Pillow's own limit, which no max_pixels lifts
-                count = re.search(r"\d+", str(error))
-                pixels = f"too many pixels, {count[0]}" if count else "too many pixels"
-                raise ValueError(
-                    f"Got image {name} with {pixels}; need at most max_pixels = {self.max_pixels}; give a smaller one."
-                ) from error
 
     def process_image(self, image, num_channels: int | None = None, max_pixels: int | None = None, **kwargs: Any):
         """One PIL image, array or tensor -> array (c, h, w)."""
@@ -206,7 +173,7 @@ class MDMImageProcessorPil(PilBackend):
                     f"Got an image of {height}x{width} = {height * width} pixels; need at most max_pixels = "
                     f"{max_pixels}; give a smaller image or raise max_pixels."
                 )
-            return _to_channels_first(_converted(image, num_channels))
+            return _to_channels_first(converted(image, num_channels))
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = image.float() if image.dtype == torch.bfloat16 else image  # which NumPy does not have
@@ -256,7 +223,7 @@ class MDMImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("Got no images; need at least one; leave the image processor out where there is none.")
-        is_unit = [_is_unit(image) for image in images]
+        are_unit = [is_unit(image) for image in images]
         if do_resize:
             buckets = self._buckets(aspect_ratio_buckets, size, patch_size or self.patch_size)
             sizes = [_nearest(buckets, *image.shape[1:]) if buckets else (size.height, size.width) for image in images]
@@ -268,14 +235,14 @@ class MDMImageProcessorPil(PilBackend):
                 else self.resize(np.rint(image * 255).astype(np.uint8), SizeDict(h, w), resample) / np.float32(255)
                 if unit
                 else self.resize(image, SizeDict(h, w), resample)
-                for image, unit, (h, w) in zip(images, is_unit, sizes, strict=True)
+                for image, unit, (h, w) in zip(images, are_unit, sizes, strict=True)
             ]
         grids = np.array(
             [self.grid_of(image.shape[1], image.shape[2], patch_size) for image in images], dtype=np.int64
         )
         height, width = np.max([image.shape[1:] for image in images], axis=0)
         factor = rescale_factor if do_rescale else 1
-        scale = np.array([1 if unit else factor for unit in is_unit], dtype=np.float32).reshape(-1, 1, 1, 1)
+        scale = np.array([1 if unit else factor for unit in are_unit], dtype=np.float32).reshape(-1, 1, 1, 1)
         mean, std = np.zeros((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
         if do_normalize:
             mean = np.asarray(image_mean, dtype=np.float32).reshape(-1, 1, 1)
@@ -309,7 +276,7 @@ class MDMImageProcessorPil(PilBackend):
         if isinstance(mask, str | bytes | os.PathLike):
             mask = self.fetch_images(mask)
         rows, columns = grid
-        marked = _marked(mask)
+        marked = marked_by(mask)
         if self.aspect_ratio_buckets:
             marked = _centre_crop(marked[None], rows, columns)[0]
         h, w = marked.shape
@@ -394,79 +361,12 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image[:, top : top + h, left : left + w]
 
 
-def _fetched(url: str) -> Image.Image:
-    try:
-        return load_image(url, timeout=30)
-    except (OSError, ValueError):  # Pillow's
-        raise
-    except Exception as error:  # of the HTTP library that huggingface_hub has, which is not always the same
-        raise ConnectionError(str(error)) from error
-
-
-def _marked(mask: Any) -> np.ndarray:
-    """A picture, array or tensor over a picture -> (height, width) bool, true where it is white or 1."""
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    elif isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu().to(torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
-    try:
-        array = np.asarray(mask)
-    except ValueError:  # rows of different lengths
-        array = np.empty(0)
-    is_mask = array.ndim == 2 and array.dtype.kind in "biuf" and array.size
-    if is_mask and array.dtype.kind in "iu" and array.max() > 1:
-        array = array / 255
-    if not is_mask or not (array.min() >= 0 and array.max() <= 1) or not (array >= 0.5).any():
-        got = f", from {array.min():g} to {array.max():g}," if is_mask else ""
-        raise ValueError(
-            f"Got an image mask of type {type(mask).__name__}, shape {array.shape}{got} that marks nothing, or none "
-            "of two dimensions; need a picture or (height, width) numbers, 0 to 1 or whole ones to 255, white or 1 "
-            "where pixels are to be made."
-        )
-    return array >= 0.5
-
-
-def _is_unit(image: np.ndarray) -> bool:
-    """Whether 1 stands for white, not 255."""
-    return image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1
-
-
 def _flat(images: Any) -> Iterator[Any]:
     if isinstance(images, list | tuple) or (not isinstance(images, Image.Image) and images.ndim == 4):
         for image in images:
             yield from _flat(image)
     else:
         yield images
-
-
-def _converted(image: Image.Image, num_channels: int) -> Image.Image:
-    """`image` upright and in the mode of `num_channels`; what is transparent shows white."""
-    mode = image.mode
-    try:
-        if image.mode == MODES[num_channels] and not getattr(image, "is_animated", False) and not image.info:
-            image.load()
-            return image
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # 16 bits a pixel, which Pillow would clip to 8
-            image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
-        if image.mode == "F" and _is_unit(np.asarray(image)):
-            image = image.point(lambda level: level * 255 + 0.5)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if mode in ("F", "I"):  # numbers of any size, which Pillow would clip
-            numbers = np.asarray(image)
-            low, high = numbers.min(), numbers.max()
-            if not (low >= 0 and high < 256):
-                raise ValueError(f"pixels from {low:g} to {high:g}, where 0 to 255 are needed")
-        return image.convert(MODES[num_channels])
-    except (OSError, SyntaxError) as error:  # how Pillow reports a truncated or broken file
-        raise ValueError(f"Got a corrupt image ({error}); give a file that opens without error.") from error
-    except ValueError as error:  # closed, or of a mode without a way to RGB
-        raise ValueError(
-            f"Got an image of mode {mode} that cannot be read ({error}); need one that is open and can become grey "
-            "or RGB; convert it."
-        ) from error
 
 
 def _to_channels_first(image: Image.Image) -> np.ndarray:
