@@ -1058,3 +1058,56 @@ def test_a_weight_under_two_names_is_refused(model, tmp_path) -> None:
     torch.save(held, tmp_path / "step.pt")
     with pytest.raises(ValueError, match="with two of module.*, with and without a wrapper's name"):
         convert(tmp_path / "step.pt", tmp_path / "out", use="model")
+
+
+def test_settings_that_stand_under_a_state_dicts_name_do_not_displace_the_weights(model, tmp_path) -> None:
+    held = loop_checkpoint(model, tmp_path / "plain.pt")
+    clash = {"model": "mdm-tiny", "state_dict": held["model"], "ema": 0.999, "model_ema": held["ema"]}
+    torch.save(clash | {"config": "tiny.yaml", "args": held["config"]}, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "out.pt")
+    back = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert (back["model"], back["ema"], back["config"]) == ("mdm-tiny", 0.999, "tiny.yaml")
+    assert isinstance(back["args"], dict)
+    for key in ("state_dict", "model_ema"):
+        assert equal(back[key], {name.removeprefix("module."): value for name, value in clash[key].items()})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1], "with a list; need a dict"),
+        (3, "with a int; need a dict"),
+        ({"mdm_hf.raw_model": 7}, "with int for weights"),
+        ({"mdm_hf.raw_model": {}}, "with dict for weights"),
+        ({"model": 1, "state_dict": 2}, "one of which is to hold what the folder has"),
+    ],
+)
+def test_a_kept_state_that_is_none_is_refused_in_words(folder, tmp_path, capsys, state, message) -> None:
+    torch.save(state, folder / "training_state.pt")
+    assert main(["convert", str(folder), "--to", str(tmp_path / "out.pt")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("way", ["tied", "overlapping"])
+def test_weights_that_share_memory_are_converted_with_every_bit(model, tmp_path, way) -> None:
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = "model.layers.0.norm.weight", "model.layers.1.norm.weight"
+    line = torch.randn(len(weights[first]) + 1)
+    weights[first], weights[second] = line[1:], line[1:] if way == "tied" else line[:-1]
+    torch.save({"model": weights, "config": model.config.to_dict()}, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", tmp_path / "ours")
+    assert equal(MDMForMultiModalGeneration.from_pretrained(tmp_path / "ours").state_dict(), weights)
+
+
+def test_a_few_bytes_told_to_repeat_as_a_weight_of_petabytes_are_refused(model, tmp_path, capsys) -> None:
+    weights = dict(model.state_dict())
+    name = next(name for name in weights if name.endswith("class_embedding.weight"))
+    weights[name] = torch.zeros(1).expand(2**50, weights[name].shape[1])
+    fields = model.config.to_dict() | {"num_classes": 2**50 - 1}
+    torch.save({"model": weights, "config": fields}, tmp_path / "in.pt")
+    assert main(["convert", str(tmp_path / "in.pt"), "--to", str(tmp_path / "ours")]) == 2
+    assert f"{name} of shape" in (said := capsys.readouterr().err)
+    assert "told to repeat" in said
+    assert not (tmp_path / "ours").exists()

@@ -132,6 +132,12 @@ def tensors_of(given: Any, where: Any) -> dict[str, Tensor]:
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"Got {where} with {name!r}: {type(value).__name__}; need tensors by name, nothing else.")
+        is_dense = value.layout == torch.strided and not value.is_meta
+        if is_dense and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"Got {where} with {name} of shape {list(value.shape)}, of which the file has "
+                f"{value.untyped_storage().nbytes()} bytes, told to repeat; need all of it; save a contiguous copy."
+            )
     return dict(given)
 
 

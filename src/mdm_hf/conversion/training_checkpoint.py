@@ -102,19 +102,36 @@ def to_training(folder: Path) -> dict:
         folder: As `save_pretrained` or `mdm convert` wrote it.
 
     Raises:
-        ValueError: weights that are not whole, or not those of the config.
+        ValueError: weights that are not whole, or not those of the config; a training_state.pt that is none.
     """
     model = read_model(folder)
     kept = read_pickle(folder / STATE) if (folder / STATE).is_file() else {}
-    weights, raw = model.state_dict(), kept.pop(RAW, None)
-    found: dict[str, Any] = {"model": raw or weights}
+    if not isinstance(kept, dict):
+        raise ValueError(f"Got {folder / STATE} with a {type(kept).__name__}; need a dict; take the file away.")
+    weights = model.state_dict()
+    average = raw = tensors_of(kept.pop(RAW), folder / STATE) if RAW in kept else None
     if raw is not None:
-        found["ema"] = weights
+        average = weights
     elif (folder / EMA).is_file():
-        found["ema"] = _average(read_safetensors(folder / EMA), model, folder / EMA)
-    theirs = {kind: KEYS.to_theirs(state) for kind, state in found.items()}
-    named = {kind: {theirs[kind][name]: value for name, value in state.items()} for kind, state in found.items()}
-    return named | {"config": json.loads(model.config.to_json_string(use_diff=False))} | kept
+        average = _average(read_safetensors(folder / EMA), model, folder / EMA)
+    found: dict[str, Any] = {}
+    for keys, state in ((MODEL_KEYS, raw or weights), (EMA_KEYS, average)):
+        if state is not None:
+            theirs = KEYS.to_theirs(state)
+            found[_free(keys, kept, folder)] = {theirs[name]: value for name, value in state.items()}
+    found[_free(CONFIG_KEYS, kept, folder)] = json.loads(model.config.to_json_string(use_diff=False))
+    return found | kept
+
+
+def _free(keys: tuple[str, ...], kept: dict, folder: Path) -> str:
+    """The first of some keys that the kept state has not: {"model": "a name", "state_dict": weights} has the weights
+    under the second."""
+    if (free := next((key for key in keys if key not in kept), None)) is None:
+        raise ValueError(
+            f"Got {folder / STATE} with {' and '.join(keys)}, one of which is to hold what the folder has; need one of "
+            "them free; take the file away."
+        )
+    return free
 
 
 def _average(given: dict[str, Tensor], model: MDMForMultiModalGeneration, where: Path) -> dict[str, Tensor]:
@@ -184,8 +201,17 @@ def assembled(weights: dict[str, Tensor], config: MDMConfig) -> MDMForMultiModal
             f"Got a config of which no model can be built ({error}); need that of the weights."
         ) from error
     check_weights(weights, model.state_dict())
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(_apart(weights), assign=True)
     return model.eval()
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, of which none lies in the memory of another: loops tie some, and safetensors saves none that are."""
+    apart, end = {}, 0
+    for name, weight in sorted(weights.items(), key=lambda one: one[1].data_ptr()):
+        apart[name] = weight.clone() if weight.data_ptr() < end else weight
+        end = max(end, weight.data_ptr() + weight.numel() * weight.element_size())
+    return apart
 
 
 def _inside(ema: dict) -> Any:
