@@ -11,6 +11,7 @@ import string
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -1111,3 +1112,36 @@ def test_a_few_bytes_told_to_repeat_as_a_weight_of_petabytes_are_refused(model, 
     assert f"{name} of shape" in (said := capsys.readouterr().err)
     assert "told to repeat" in said
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["step-9.ckpt", "mine.model", "mine.safetensors"])
+def test_a_folder_is_read_as_one_whatever_its_name_ends_in(folder, tmp_path, name) -> None:
+    convert(folder, tmp_path / name, kind="mdm")
+    convert(tmp_path / name, tmp_path / "back")
+    assert equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["OUT.PT", "Digits.Model"])
+def test_an_ending_in_capitals_is_read_as_it_is_written(tmp_path, name) -> None:
+    convert(DIGITS, tmp_path / name)
+    convert(tmp_path / name, tmp_path / "back")
+    assert (tmp_path / "back" / ("config.json" if name == "OUT.PT" else "tokenizer.json")).is_file()
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_that_write_one_place_at_once_neither_mixes_with_or_replaces_the_other_unasked(
+    tmp_path, make: Callable, overwrite
+) -> None:
+    def write(place: Path, text: str) -> None:
+        (place if make is new_file else place / "weights").write_text(text)
+
+    held = tmp_path / "out" if make is new_file else tmp_path / "out" / "weights"
+    refused = nullcontext() if overwrite else pytest.raises(ValueError, match="which is there")
+    with refused, make(tmp_path / "out", overwrite) as slow:
+        write(slow, "slow")
+        with make(tmp_path / "out", overwrite) as fast:
+            write(fast, "fast")
+        assert held.read_text() == "fast"
+    assert held.read_text() == ("slow" if overwrite else "fast")
+    assert not list(tmp_path.glob(".*"))

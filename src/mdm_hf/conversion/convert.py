@@ -160,11 +160,12 @@ def kind_of(source: Path) -> str:
     """
     if not source.exists():
         raise FileNotFoundError(f"Got {source}, which is not there; check the spelling.")
-    if source.suffix == ".model":
+    ending = "" if source.is_dir() else source.suffix.lower()  # --as mdm makes folders of any name
+    if ending == ".model":
         return "sentencepiece"
-    if source.suffix == ".safetensors":
+    if ending == ".safetensors":
         return "mamba2"
-    if source.suffix in PICKLES:
+    if ending in PICKLES:
         held = read_pickle(source)
         names = [WRAPPERS.sub("", str(name)) for name in held] if isinstance(held, dict) else []
         return "mamba2" if any(name.startswith("backbone.layers.") for name in names) else "training"

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -14,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp, mkstemp
 from typing import Any
 
 import torch
@@ -156,6 +157,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield unfinished
         _open_as_others(unfinished)
+        _check_unused(target, overwrite)
         if target.is_dir():
             target.rename(aside)
         try:
@@ -173,10 +175,13 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """As `new_folder`, for a file."""
     target = _free(target, overwrite, is_folder=False)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    handle, name = mkstemp(prefix=f".{target.name}-", dir=target.parent)  # of its own: another may write here as well
+    os.close(handle)
+    unfinished = Path(name)
     try:
         yield unfinished
         _open_as_others(unfinished)
+        _check_unused(target, overwrite)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -204,9 +209,7 @@ def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
             "what is made is moved into its place at last, and would replace the link and leave what it points to as "
             f"it was; give {whole.resolve()}, or another name."
         )
-    is_used = whole.is_file() or (whole.is_dir() and any(whole.iterdir()))
-    if is_used and not overwrite:
-        raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
+    _check_unused(target, overwrite)
     if whole.exists() and not (whole.is_dir() if is_folder else whole.is_file()):
         raise ValueError(f"Got {target} to write, which is there and no {wanted}; need a {wanted}; give another name.")
     try:
@@ -218,6 +221,12 @@ def _free(target: Path, overwrite: bool, is_folder: bool) -> Path:
             f"Got {target} to write, but nothing can be made in {whole.parent} ({error.strerror}); need a place that "
             "one may write to; give another name."
         ) from error
+
+
+def _check_unused(target: Path, overwrite: bool) -> None:
+    """Asked before anything is made, and again before it takes its place: another may have been faster."""
+    if not overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise ValueError(f"Got {target} to write, which is there; need a new name; give one, or --overwrite.")
 
 
 def check_shard_size(given: str | int) -> None:

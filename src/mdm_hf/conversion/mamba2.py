@@ -80,7 +80,7 @@ def read_mamba2(path: Path, rms_norm_eps: float = 1e-5) -> dict[str, Tensor]:
     if path.is_dir():
         weights = read_folder(path)
     else:
-        weights = tensors_of(read_pickle(path), path) if path.suffix in PICKLES else read_safetensors(path)
+        weights = tensors_of(read_pickle(path), path) if path.suffix.lower() in PICKLES else read_safetensors(path)
     config = path / "config.json"
     fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     nested = fields.get("ssm_cfg")

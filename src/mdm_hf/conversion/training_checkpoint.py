@@ -128,8 +128,8 @@ def _free(keys: tuple[str, ...], kept: dict, folder: Path) -> str:
     under the second."""
     if (free := next((key for key in keys if key not in kept), None)) is None:
         raise ValueError(
-            f"Got {folder / STATE} with {' and '.join(keys)}, one of which is to hold what the folder has; need one of "
-            "them free; take the file away."
+            f"Got {folder / STATE} with {' and '.join(keys)}, one of which is to hold what the folder has; need one "
+            "of them free; take the file away."
         )
     return free
 
@@ -206,7 +206,7 @@ def assembled(weights: dict[str, Tensor], config: MDMConfig) -> MDMForMultiModal
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, of which none lies in the memory of another: loops tie some, and safetensors saves none that are."""
+    """The weights, of which none lies in the memory of another: loops tie some, safetensors saves none that are."""
     apart, end = {}, 0
     for name, weight in sorted(weights.items(), key=lambda one: one[1].data_ptr()):
         apart[name] = weight.clone() if weight.data_ptr() < end else weight
