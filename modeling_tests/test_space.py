@@ -293,6 +293,17 @@ def test_examples_are_those_of_the_models_card_or_its_classes(pipe) -> None:
     assert model_of(without).examples == [{"seed": 1}]
 
 
+def test_a_name_and_lists_of_kinds_in_card_yaml_are_shown_as_they_are_there(tmp_path) -> None:
+    examples = [{"text": "a three", "generate": kinds} for kinds in (["image", "text"], ["text"], "image")]
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump({"name": "Digits, drawn", "examples": examples}))
+    place = SimpleNamespace(model=SimpleNamespace(name_or_path=str(tmp_path)))
+    assert model_of(place).name == "Digits, drawn"
+    assert [one["generate"] for one in model_of(place).examples] == ["both", "text", "image"]
+    (tmp_path / "card.yaml").write_text("examples: [three]")
+    with pytest.raises(ValueError, match="Got the example 'three'; need a mapping"):
+        model_of(place)
+
+
 def test_classes_have_names_where_the_model_has_them(pipe, answers, monkeypatch) -> None:
     assert answers.classes == [str(number) for number in range(10)]
     monkeypatch.setattr(pipe.model.config, "id2label", {number: f"kind {number}" for number in range(10)})

@@ -99,10 +99,14 @@ def model_of(pipe: MDMPipeline) -> Model:
     for example in notes["examples"]:
         path = _file(place, example["image"]) if "image" in example else None
         if "image" not in example or path:
-            examples.append(example | ({"image": path} if path else {}))
+            shown = example | ({"image": path} if path else {})
+            if isinstance(wanted := example.get("generate"), list):
+                shown["generate"] = wanted[0] if len(wanted) == 1 else "both"
+            examples.append(shown)
     if not examples:
         examples = [{"class_id": number} for number in range(min(3, pipe.processor.num_classes or 0))] + [{"seed": 1}]
-    return Model(Path(place).name, notes["summary"].strip(), examples)
+    is_named = found and notes["name"] != Path(found).parent.resolve().name  # a commit's, in the Hub's cache
+    return Model(notes["name"] if is_named else Path(place).name, notes["summary"].strip(), examples)
 
 
 def _file(place: str, name: str) -> str | None:
