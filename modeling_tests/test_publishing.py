@@ -131,6 +131,8 @@ def test_settings_and_intervals_stand_beside_the_scores() -> None:
         (("](demo.png)", "](a demo.png)"), "the picture 'a demo.png', whose name has a space, at which"),
         (("url: examples/1.png", "url: examples/9.png"), "the picture examples/9.png, which is not in"),
         (("widget:\n", "widget:\n- no mapping\n"), "the widget example 'no mapping', which is no mapping"),
+        (("](demo.png)", f"]({DIGITS}/demo.png)"), "demo.png, which is not in"),
+        (("](demo.png)", "](../mdm-digits/demo.png)"), "the picture ../mdm-digits/demo.png, which is not in"),
         (("](demo.png)", "](lost.png)"), "the picture lost.png, which is not in"),
         (("language:\n", "language: [\n"), "Got a card whose front matter is not the Hub's"),
     ],
@@ -187,6 +189,10 @@ def test_a_result_without_its_origin_is_refused(folder, missing) -> None:
         ("scores: {class_to_image: hallo}", "need a mapping of names to {name, goal}"),
         ("{name: a, 1: 2, foo: 2}", "card.yaml with \\['1', 'foo'\\]"),
         ("language: 5", "with language 5; need a list of languages"),
+        ("name: ''", "with name ''; need a text on one line"),
+        ("name:", "with name None; need a text on one line"),
+        ('name: "a\\nb"', "need a text on one line"),
+        ("examples: [three]", "Got the example 'three'; need a mapping"),
     ],
 )
 def test_notes_that_are_not_understood_are_refused(folder, text, message) -> None:
@@ -201,11 +207,37 @@ def test_notes_that_are_not_understood_are_refused(folder, text, message) -> Non
         ({"prompt": "three"}, "Got the example {'prompt': 'three'}; need a mapping with some of text, image"),
         ({"image": "lost.png"}, "Got an example with the picture lost.png; need a file in"),
         ("three", "Got the example 'three'"),
+        ({"text": None, "class_id": 3}, "with text None; need a text, or no text"),
+        ({"text": ["a three", "a four"]}, "need a text, or no text"),
+        ({"class_id": [3, 7]}, "need a whole number, or no class_id"),
+        ({"text": "a three", "seed": None}, "with seed None; need a whole number, or no seed"),
+        ({"text": "a three", "seed": True}, "with seed True; need a whole number"),
+        ({"text": "a three", "generate": None}, "with generate None; need 'image', 'text', a list of both"),
     ],
 )
 def test_examples_that_are_not_understood_are_refused(folder, example, message) -> None:
     with pytest.raises(ValueError, match=message):
         draw_examples(folder, [example])
+
+
+def test_a_text_of_several_lines_stays_in_its_cell(folder) -> None:
+    notes = "name: a\nscores: {image_to_text: {name: of many, goal: 'above | all\n\n  0.9'}}\n"
+    (folder / "card.yaml").write_text(notes + 'examples: [{text: "a\\nthree", generate: image}]')
+    draw_examples(folder, read_notes(folder)["examples"])
+    text = card_of(folder)
+    assert re.search(r"^\| of many \| 0.\d+ \| .* \| above &#124; all 0.9 \|$", text, re.MULTILINE)
+    assert "| a three | ![Made](examples/1.png) |" in text
+
+
+def test_weights_in_pickles_alone_are_not_called_untrained(tmp_path, capsys) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path / "old")
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    for command in (["card", str(tmp_path / "old")], ["push", str(tmp_path / "old"), "org/x", "--dry-run"]):
+        assert main(command) == 2
+        assert "whose weights are in pytorch_model.bin; need them in safetensors" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "old"), "--to", str(tmp_path / "new")]) == 0
+    assert checkpoint_hash(tmp_path / "new") is not None
 
 
 def test_an_example_that_is_refused_leaves_the_pictures_of_before_and_a_lost_picture_is_drawn_again(folder) -> None:

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from .adapter import Adapter, is_template, read_adapter, usage
-from .examples import EXAMPLES, FOLDER, checkpoint_hash, drawn_examples
+from .examples import EXAMPLES, FOLDER, check_example, checkpoint_hash, drawn_examples
 
 
 CARD, NOTES_FILE, SPEED = "README.md", "card.yaml", "speed.json"
@@ -83,8 +83,10 @@ def read_notes(folder: Path) -> dict:
         raise ValueError(f"Got {path} with {wrong}; need a mapping with some of {', '.join(NOTES)}.")
     for name, value in given.items():
         is_right, need = _FORMS.get(name, (lambda value: isinstance(value, str), "a text"))
-        if not is_right(value) and not (value is None and NOTES[name] is None):
+        if not is_right(value) and not (value is None and NOTES[name] is None and name != "name"):
             raise ValueError(f"Got {path} with {name} {value!r:.80}; need {need}; mend it, or take it out.")
+    for example in given.get("examples", []):
+        check_example(example)
     return NOTES | {"name": folder.resolve().name} | given
 
 
@@ -114,7 +116,8 @@ def _are_words(value: Any) -> bool:
     )
 
 
-_FORMS: dict[str, tuple] = {  # of the keys of card.yaml that are no texts
+_FORMS: dict[str, tuple] = {  # of the keys of card.yaml that are no texts of any length
+    "name": (lambda value: isinstance(value, str) and value.strip() and "\n" not in value, "a text on one line"),
     "language": (lambda value: isinstance(value, str) or _are_texts(value), "a list of languages"),
     "tags": (_are_texts, "a list of texts"),
     "datasets": (_are_texts, "a list of names of data sets"),
@@ -251,7 +254,7 @@ def check_card(text: str, folder: Path) -> None:
     faults += [
         f"the picture {name}, which is not in {folder}"
         for name in sorted({name for name in shown if name and "://" not in name})
-        if not (folder / name).is_file()
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file()
     ]
     if faults:
         raise ValueError(f"Got a card with {'; '.join(faults)}; need one that the Hub accepts; mend {NOTES_FILE}.")
@@ -501,4 +504,9 @@ def _training(folder: Path, notes: dict) -> list[str]:
 def _table(rows: list[list[str]]) -> str:
     head, *rest = rows
     lines = [head, ["---"] * len(head), *rest]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(_in_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _in_cell(text: str) -> str:
+    """A text that ends neither its cell nor its row."""
+    return " ".join(text.replace("|", "&#124;").split())

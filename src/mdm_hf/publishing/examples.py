@@ -15,12 +15,22 @@ from ..pipeline_mdm import MDMPipeline
 
 EXAMPLES, FOLDER = "examples.json", "examples"
 KEYS = ("text", "image", "class_id", "generate", "seed")
+FORMS: dict[str, tuple] = {  # of the keys' values; a picture's is that of `_check_picture`
+    "text": (str, "a text"),
+    "class_id": (int, "a whole number"),
+    "generate": (str | list, "'image', 'text', a list of both, or 'auto'"),
+    "seed": (int, "a whole number"),
+}
 LEAST_SIDE = 256  # pixels: smaller pictures are enlarged by whole numbers, or a browser blurs them
 
 
 def checkpoint_hash(folder: Path) -> str | None:
     """What tells the weights of one folder from another's, in however many files they lie: 16 hexadecimal digits, None
-    where there are none."""
+    where there are none.
+
+    Raises:
+        ValueError: weights that cannot be read, or lie in pickles alone: such a model is not untrained.
+    """
     where: dict[str, Path] = {}
     for path in folder.glob("*model*.safetensors"):  # a moving average beside them is another model's
         try:
@@ -28,6 +38,11 @@ def checkpoint_hash(folder: Path) -> str | None:
                 where |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
             raise ValueError(f"Got {path}, which cannot be read ({error}); need it whole.") from error
+    if not where and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        raise ValueError(
+            f"Got {folder} whose weights are in {pickles[0].name}; need them in safetensors; run `mdm convert "
+            f"{folder} --to NEW`, and take NEW."
+        )
     digest = hashlib.sha256()
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as file:
@@ -51,8 +66,7 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
         ValueError: no weights; an example with other keys, with a picture that is not there, or that is refused.
     """
     for example in examples:
-        if not isinstance(example, dict) or set(example) - set(KEYS):
-            raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
+        check_example(example)
         if "image" in example:
             _check_picture(folder, example["image"])
     if not examples or _drawn(folder, examples) is not None:
@@ -83,6 +97,19 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
     found = {"key": _key(folder, examples), "pictures": made, "examples": drawn}
     (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return True
+
+
+def check_example(example: Any) -> None:
+    """Refuses what a card could not show as it was drawn: other keys, null, lists of texts or classes.
+
+    Raises:
+        ValueError: with what is needed.
+    """
+    if not isinstance(example, dict) or set(example) - set(KEYS):
+        raise ValueError(f"Got the example {example!r}; need a mapping with some of {', '.join(KEYS)}.")
+    for name, (kinds, need) in FORMS.items():
+        if name in example and (not isinstance(example[name], kinds) or isinstance(example[name], bool)):
+            raise ValueError(f"Got the example {example!r} with {name} {example[name]!r}; need {need}, or no {name}.")
 
 
 def _drawn(folder: Path, examples: list[dict]) -> list[dict] | None:
