@@ -63,9 +63,9 @@ def post(endpoint: LoopbackEndpoint, body: dict) -> list[dict]:
         return json.load(reply)
 
 
-def said(part: dict) -> dict:
-    """A request with one message of one part."""
-    return {"inputs": {"messages": [{"role": "user", "content": [part]}]}}
+def said(*parts: dict) -> dict:
+    """A request with one message of these parts."""
+    return {"inputs": {"messages": [{"role": "user", "content": list(parts)}]}}
 
 
 def test_the_client_draws_from_text_and_its_seed_decides(client) -> None:
@@ -169,6 +169,16 @@ def test_what_hub_md_asks_with_the_client_is_answered_as_it_says(endpoint, clien
         ({"inputs": {"messages": 3}}, "Got the messages 3; need a list of dicts with role and content"),
         ({"inputs": {"image": 3}}, "Got a picture of type int; need base64"),
         ({"inputs": {"messages": ["hello"]}}, "Got the message hello; need a dict with role and content"),
+        (
+            {"inputs": {"messages": [{"role": "user", "content": "a three", "generate": "text"}]}},
+            "Got a message with generate; need role and content alone",
+        ),
+        (
+            said(*[{"type": "text", "text": "a three"}] * 65),
+            "Got messages of more than 64 texts, pictures and classes",
+        ),
+        ({"inputs": {"messages": [{"role": "user", "content": "a"}] * 65}}, "Got messages of more than 64 texts"),
+        ({"inputs": {"messages": [{"role": "user", "content": []}] * 65}}, "Got messages of more than 64 texts"),
         ({"inputs": {"messages": [], "text": "a three"}}, "Got messages and other conditions"),
         ({"inputs": "a three", "parameters": [1]}, "Got parameters of type list; need a dict"),
         ({"inputs": "a three", "parameters": {"sampler": "euler"}}, "Got the parameter(s) sampler; need some of"),

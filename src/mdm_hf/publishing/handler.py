@@ -45,6 +45,7 @@ MOST_STEPS = 200
 MOST_TOKENS = 1024
 MOST_PIXELS = 1024 * 1024  # of a picture to be made
 MOST_WORK = 2**18  # patches and tokens to be made, times steps, times samples: minutes of a CPU's core
+MOST_PARTS = 64  # of a request's messages, each a text of the tokenizer's limit or a picture
 ANSWERS_DRAWN = 8  # of which an answer's share is its score
 
 
@@ -208,13 +209,22 @@ def _conditions(inputs: Any) -> dict:
         raise ValueError("Got messages and other conditions; need the messages alone, which may hold the others.")
     if not isinstance(inputs["messages"], list):
         raise ValueError(f"Got the messages {inputs['messages']!r}; need a list of dicts with role and content.")
-    return {"messages": [_message(message) for message in inputs["messages"]]}
+    messages = [_message(message) for message in inputs["messages"][: MOST_PARTS + 1]]
+    parts = sum(len(one["content"]) if isinstance(one["content"], list) else 1 for one in messages)
+    if parts > MOST_PARTS or len(messages) > MOST_PARTS:
+        raise ValueError(
+            f"Got messages of more than {MOST_PARTS} texts, pictures and classes; need {MOST_PARTS} at most in all; "
+            "leave out the earliest."
+        )
+    return {"messages": messages}
 
 
 def _message(message: Any) -> dict:
     """A message whose parts hold nothing but what the request itself brings."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
         raise ValueError(f"Got the message {str(message)[:80]}; need a dict with role and content.")
+    if unknown := sorted(map(str, set(message) - {"role", "content"})):
+        raise ValueError(f"Got a message with {', '.join(unknown):.80}; need role and content alone; leave it out.")
     content = message["content"]
     if isinstance(content, list):
         for part in content:
