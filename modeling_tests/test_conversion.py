@@ -1145,3 +1145,29 @@ def test_of_two_that_write_one_place_at_once_neither_mixes_with_or_replaces_the_
         assert held.read_text() == "fast"
     assert held.read_text() == ("slow" if overwrite else "fast")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("[null, -1.0]", "is no text with a finite score"),
+        ('["piece", NaN]', "is no text with a finite score"),
+        ('["piece", 1e999]', "is no text with a finite score"),
+        ('["\\ud800", -1.0]', "surrogates not allowed"),
+    ],
+)
+def test_a_vocabulary_of_other_than_texts_with_finite_scores_is_refused(tmp_path, entry, message) -> None:
+    held = json.loads((DIGITS / "tokenizer.json").read_text())
+    last = json.dumps(held["model"]["vocab"][-1])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(held).replace(last, entry))
+    with pytest.raises(ValueError, match=f"tokenizer.json, no tokenizer of ours .*{message}"):
+        convert(tmp_path, tmp_path / "out.model")
+
+
+def test_a_sentencepiece_model_with_a_score_that_is_not_finite_is_refused(tmp_path) -> None:
+    convert(DIGITS, tmp_path / "digits.model")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "digits.model").read_bytes())
+    proto.pieces[-1].score = float("nan")
+    (tmp_path / "digits.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match="that is not finite"):
+        convert(tmp_path / "digits.model", tmp_path / "out")

@@ -3,6 +3,7 @@
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
                 f"Got {path} with {spec}.{flag} {given}; the fast tokenizer does as with {needed}, and would give "
                 "other ids; need a model trained so."
             )
+    if wrong := [piece.piece for piece in proto.pieces if not math.isfinite(piece.score)]:
+        raise ValueError(f"Got {path} with a score of {wrong[0]!r} that is not finite; need it whole.")
     kinds = format.ModelProto.SentencePiece
     if other := [p.piece for p in proto.pieces if p.type in (kinds.USER_DEFINED, kinds.UNUSED)]:
         raise ValueError(f"Got {path} with {other[0]!r}, a user-defined or unused piece; need a model without such.")
@@ -82,7 +85,10 @@ def to_sentencepiece(folder: Path) -> bytes:
         raise ValueError(f"Got {folder} without tokenizer.json; need a folder with a tokenizer; name that.")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = [(str(piece), float(score)) for piece, score in held["model"]["vocab"]]
+        vocabulary = [(piece, float(score)) for piece, score in held["model"]["vocab"]]
+        if wrong := [one for one in vocabulary if not isinstance(one[0], str) or not math.isfinite(one[1])]:
+            raise TypeError(f"{wrong[0]!r} is no text with a finite score")
+        "".join(piece for piece, _ in vocabulary).encode()  # half a character cannot be
         steps = held["normalizer"]["normalizers"]
         charsmap = base64.b64decode(next(one["precompiled_charsmap"] for one in steps if one["type"] == "Precompiled"))
         is_ours = held["model"]["type"] == "Unigram" and held["model"]["byte_fallback"]
