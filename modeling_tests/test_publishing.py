@@ -23,6 +23,7 @@ from tiny import tiny_model
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
+from mdm_hf.conversion.convert import convert
 from mdm_hf.publishing.card import MADE_BY, NOTES, card_of, check_card, read_notes, write_card
 from mdm_hf.publishing.examples import checkpoint_hash, draw_examples, drawn_examples, enlarged
 from mdm_hf.publishing.repository import check_weights, pull, push, requirements, staged
@@ -424,6 +425,38 @@ def test_a_pull_of_half_a_model_names_the_file(hub, folder, tmp_path) -> None:
     hub.repositories["org/mine"].commit({name: content for name, content in tree.items() if name != shard})
     with pytest.raises(ValueError, match=f"with a {shard} that cannot be read"):
         pull("org/mine", tmp_path / "less")
+
+
+@pytest.mark.parametrize("sizes", [("5GB", "500KB"), ("500KB", "5GB")])
+def test_a_pull_of_a_later_push_leaves_no_weights_of_the_one_before(hub, folder, tmp_path, sizes) -> None:
+    push(folder, "org/mdm-digits", max_shard_size=sizes[0])
+    pull("org/mdm-digits", tmp_path / "pulled")
+    convert(folder, tmp_path / "later", dtype="bfloat16")
+    push(tmp_path / "later", "org/mdm-digits", max_shard_size=sizes[1])
+    for name in files(hub, "org/mdm-digits"):  # the Hub keeps what a push does not name
+        if name.startswith("model") and ("of-" in name or "index" in name) != (sizes[1] == "500KB"):
+            HfApi(token=WRITE_TOKEN).delete_file(name, "org/mdm-digits")
+    pull("org/mdm-digits", tmp_path / "pulled")
+    assert checkpoint_hash(tmp_path / "pulled") == checkpoint_hash(tmp_path / "later") != checkpoint_hash(folder)
+
+
+def test_a_pull_beside_weights_of_another_origin_is_refused_before_anything_is_fetched(hub, folder, tmp_path) -> None:
+    push(folder, "org/mdm-digits")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model-00001-of-00002.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="with model-00001-of-00002.safetensors, which neither the repository has"):
+        pull("org/mdm-digits", tmp_path / "mine", overwrite=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model-00001-of-00002.safetensors"]
+
+
+def test_a_pull_without_weights_says_so(hub, folder, tmp_path, capsys) -> None:
+    push(DIGITS.parent / "mdm-base", "org/mdm-base")
+    assert main(["pull", "org/mdm-base", str(tmp_path / "base")]) == 0
+    assert "It has no weights: train it." in capsys.readouterr().out
+    push(folder, "org/mdm-digits")
+    HfApi(token=WRITE_TOKEN).delete_file("model.safetensors", "org/mdm-digits")
+    assert main(["pull", "org/mdm-digits", str(tmp_path / "digits")]) == 2
+    assert "with handler.py and no weights" in capsys.readouterr().err
 
 
 def test_a_shard_without_what_its_index_says_is_named(tmp_path) -> None:

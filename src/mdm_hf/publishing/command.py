@@ -69,13 +69,14 @@ def _push(options) -> None:
 
 
 def _pull(options) -> None:
-    from .repository import pull, sizes_on_hub
+    from .repository import has_weights, pull, sizes_on_hub
 
     if options.dry_run:
         _print_files(sizes_on_hub(options.repo_id, options.revision))
         return
     folder = pull(options.repo_id, options.folder, options.revision, options.overwrite)
-    print(f"Wrote {folder.resolve()}. Try it with: mdm generate --model {folder}")
+    how = f"Try it with: mdm generate --model {folder}" if has_weights(folder) else "It has no weights: train it."
+    print(f"Wrote {folder.resolve()}. {how}")
 
 
 def _serve(options) -> None:

@@ -175,7 +175,7 @@ def pull(
         repo_id: owner/name.
         folder: New, or of an earlier pull, which then goes on. A symbolic link is followed.
         revision: Branch, tag or commit; main if None.
-        overwrite: Write into a folder that holds other things.
+        overwrite: Write into a folder that holds other things, but no other weights.
         token: The one that `hf auth login` keeps if None.
 
     Returns:
@@ -194,10 +194,37 @@ def pull(
         )
     check_names(repo_id, revision)
     with reaching_the_hub():
-        HfApi(token=token).repo_info(repo_id, revision=revision)  # else what lies in the folder would be taken for it
+        # asked first, else what lies in the folder would be taken for it
+        there = HfApi(token=token).repo_info(repo_id, revision=revision).siblings or []
+        former = _former_weights(folder, {one.rfilename for one in there})
         snapshot_download(repo_id, revision=revision, local_dir=folder, token=token)
+    for path in former:
+        path.unlink()
     check_weights(folder)
+    if (folder / HANDLER.name).is_file() and not has_weights(folder):
+        raise ValueError(f"Got {repo_id} with {HANDLER.name} and no weights; need them there; push the model again.")
     return folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights in safetensors, a model's or an adapter's."""
+    return any(folder.glob("*model*.safetensors"))
+
+
+def _former_weights(folder: Path, there: set[str]) -> list[Path]:
+    """Weights and indices that an earlier pull fetched and the repository no longer has: they would be loaded in place
+    of its own, as model.safetensors is before shards.
+
+    Raises:
+        ValueError: there are others than an earlier pull's.
+    """
+    former = sorted(path for path in folder.glob("*model*.safetensors*") if path.name not in there)
+    if others := [path for path in former if not (folder / MARK / "download" / f"{path.name}.metadata").is_file()]:
+        raise ValueError(
+            f"Got {folder} with {others[0].name}, which neither the repository has nor a pull has fetched, and which "
+            "might be loaded in place of the repository's; need a folder without; move it away, or name another."
+        )
+    return former
 
 
 def sizes_on_hub(repo_id: str, revision: str | None = None, token: str | None = None) -> dict[str, int]:
