@@ -33,6 +33,7 @@ from .examples import EXAMPLES, FOLDER, checkpoint_hash, draw_examples
 
 HANDLER = Path(__file__).parent / "handler.py"
 MARK = Path(".cache", "huggingface")  # where huggingface_hub notes what it has fetched
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")  # in fnmatch's words
 NOT_FOR_ENDPOINTS = {"torch"}  # the server brings it
 
 
@@ -148,6 +149,7 @@ def push(
                 folder_path=target,
                 revision=revision,
                 commit_message=message or f"Upload {folder.resolve().name} with mdm push",
+                delete_patterns=list(WEIGHTS),  # of before: model.safetensors would be loaded in place of new shards
             )
         except RuntimeError as error:  # huggingface_hub's, of a file that did not get through
             raise OSError(
