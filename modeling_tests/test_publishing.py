@@ -266,6 +266,19 @@ def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:
     assert MADE_BY in (folder / "README.md").read_text()
 
 
+def test_a_card_whose_writing_is_stopped_is_what_it_was(folder, monkeypatch) -> None:
+    before, write = (folder / "README.md").read_text(), Path.write_text
+
+    def stopped(path: Path, text: str, **options):
+        write(path, text[:100], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_card(folder, "org/another")
+    assert (folder / "README.md").read_text() == before
+
+
 def test_a_folder_without_notes_gets_a_card_of_what_is_known(folder) -> None:
     for name in ("card.yaml", "examples.json", "README.md"):
         (folder / name).unlink()

@@ -41,6 +41,13 @@ def rename_weights(module, state_dict: dict, prefix: str, *_) -> None:
             state_dict[re.sub(old, new, name)] = state_dict.pop(name)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, or, if stopped at any moment, leaves it as it was."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def read_json(path: Any, file: str, subfolder: str = "", is_needed: bool = False, **repository: Any) -> dict | None:
     """A JSON file of a folder or Hub repository; None if it is not there.
 

@@ -23,6 +23,7 @@ import numpy as np
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers.utils import logging
 
+from ..checkpoints import write_whole
 from ..pipeline_mdm import MDMPipeline
 from ..training.recipe import load_recipe
 from ..training.stages import run_recipe
@@ -199,7 +200,7 @@ def with_rows(found: dict, wanted: Mapping[str, tuple[dict, Callable[[], dict]]]
         logger.info(f"{label}: {rows[-1]['scores']}")
         unfinished = len(rows) < len(wanted)
         text = json.dumps(found | {"rows": rows + [*known.values()] * unfinished}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
     return found | {"rows": rows}
 
 
@@ -219,15 +220,15 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
         measure = None if changes == () else partial(seconds_a_step, base, timed)
         steps, pace = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed), folder)
         facts = {"steps": steps, "cpu_seconds_a_step": pace, "cpu_seconds": 0.0, "changes": list(changes)}
-        budget.write_text(json.dumps(facts))
+        write_whole(budget, json.dumps(facts))
     facts = json.loads(budget.read_text())
     started = time.process_time()
     try:
         run_recipe(for_steps(base, target, facts["steps"]), resume=target.is_dir())
     finally:  # what was spent before an interruption counts too
         facts["cpu_seconds"] = round(facts["cpu_seconds"] + time.process_time() - started, 1)
-        budget.write_text(json.dumps(facts))
-    (target / "final" / "budget.json").write_text(json.dumps(facts) + "\n")
+        write_whole(budget, json.dumps(facts))
+    write_whole(target / "final" / "budget.json", json.dumps(facts) + "\n")
     return target / "final"
 
 
@@ -257,7 +258,7 @@ def steps_within(
     scratch = folder / f".timed-{settings_hash(plain)}"
     kept = folder / f"pace-{settings_hash(for_steps(plain, Path(), 0))}.json"
     if not kept.is_file():
-        kept.write_text(json.dumps({"cpu_seconds_a_step": seconds_a_step(plain, scratch)}))
+        write_whole(kept, json.dumps({"cpu_seconds_a_step": seconds_a_step(plain, scratch)}))
     pace = json.loads(kept.read_text())["cpu_seconds_a_step"]
     if measure is not None:
         turns = [(measure(), seconds_a_step(plain, scratch)) for _ in range(ROUNDS)]
@@ -320,7 +321,7 @@ def scored(
     found["parameters"] = found["training"].get("parameters") or sum(p.numel() for p in pipe.model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     examples_sheet(benchmark.examples).save(kept.with_suffix(".png"))
-    kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(kept, json.dumps(found, indent=1) + "\n")
     return found
 
 

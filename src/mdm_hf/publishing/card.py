@@ -20,6 +20,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoints import write_whole
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
 from ..modeling_mdm import MDMForMultiModalGeneration
 from .adapter import Adapter, is_template, read_adapter, usage
@@ -143,7 +144,7 @@ def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False
     path = check_readme(folder, overwrite)
     text = card_of(folder, repo_id)
     check_card(text, folder)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

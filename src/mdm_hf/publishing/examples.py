@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoints import write_whole
 from ..evaluation.results import file_hash, settings_hash
 from ..pipeline_mdm import MDMPipeline
 
@@ -95,7 +96,7 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
         picture.save(folder / name)
     made = {name: file_hash(folder / name) for name in pictures}
     found = {"key": _key(folder, examples), "pictures": made, "examples": drawn}
-    (folder / EXAMPLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / EXAMPLES, json.dumps(found, indent=1) + "\n")
     return True
 
 
