@@ -224,7 +224,7 @@ def test_bad_rows_are_counted_by_kind_and_refused_where_the_recipe_says_so(pictu
 
 
 def test_a_recipe_has_the_processor_of_a_folder_with_what_it_says_otherwise():
-    spec = load_recipe(ROOT / "recipes" / "digits_second.yaml", [f"processor.from={ROOT / 'model_cards/mdm-digits'}"])
+    spec = load_recipe(ROOT / "recipes" / "digits_mosaics.yaml", [f"processor.from={ROOT / 'model_cards/mdm-digits'}"])
     processor = make_processor(spec)
     pictures = [Image.new("L", size) for size in ((8, 8), (16, 8), (24, 24))]
     rows = processor(images=pictures, generate="text", return_tensors="pt")
@@ -383,7 +383,7 @@ def test_the_shipped_recipes_can_be_dry_run_without_their_data(tmp_path, monkeyp
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["one-task-a-batch", "mixed"])
 def test_a_batch_is_of_one_task_or_with_mixed_batches_each_row_of_its_own(is_mixed):
     changes = [f"processor={ROOT / 'model_cards/mdm-digits'}", f"stages.diffusion.mixed_batches={is_mixed}"]
-    spec = load_recipe(ROOT / "recipes" / "digits_second.yaml", changes)
+    spec = load_recipe(ROOT / "recipes" / "digits_mosaics.yaml", changes)
     mix = make_mix(spec, "diffusion", 8 * 64, 64, make_processor(spec))
     tasks = [{mix.task_of(i) for i in range(first, first + 64)} for first in range(0, 8 * 64, 64)]
     assert min(map(len, tasks)) >= 3 if is_mixed else max(map(len, tasks)) == 1
