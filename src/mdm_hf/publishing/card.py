@@ -373,7 +373,9 @@ def _score_sections(results: list[dict], shown: dict) -> list[str]:
             rows.append([words["name"], f"{result['scores'][name]:.3f}", ends, words["goal"]])
         meaning = "95% bootstrap intervals" if result.get("intervals") else "the lowest and the highest of the seeds"
         told = {
-            name: value for name, value in result["settings"].items() if name not in ("hash", "benchmark", "tasks")
+            name: value
+            for name, value in result["settings"].items()
+            if value is not None and name not in ("hash", "benchmark", "tasks")
         }
         settings = ", ".join(f"{name} {value}" for name, value in told.items())
         sections += [

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from ..checkpoints import write_whole
 from ..image_processing_mdm import MDMImageProcessorPil
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pixel_autoencoder import MDMPixelAutoencoder
@@ -152,9 +153,8 @@ def write_latent_cache(
     if (folder / INDEX).exists():
         _check_same(folder, _read_index(folder), made)
     folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / INDEX, json.dumps(made, indent=1))
     aside = folder / UNFINISHED
-    aside.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(aside, folder / INDEX)
 
     with logging.tqdm(total=count, desc="Encoding", disable=not progress_bar) as bar:
         for shard, first in enumerate(range(0, count, shard_size)):
