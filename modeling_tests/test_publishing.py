@@ -24,7 +24,8 @@ from tiny import tiny_model
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.conversion.convert import convert
-from mdm_hf.publishing.card import MADE_BY, NOTES, card_of, check_card, read_notes, write_card
+from mdm_hf.publishing.card import MADE_BY, card_of, check_card, write_card
+from mdm_hf.publishing.card_notes import NOTES, read_notes
 from mdm_hf.publishing.examples import checkpoint_hash, draw_examples, drawn_examples, enlarged
 from mdm_hf.publishing.repository import check_weights, pull, push, requirements, staged
 

@@ -46,7 +46,8 @@ def add_commands(command) -> None:
 
 
 def _card(options) -> None:
-    from .card import check_readme, read_notes, write_card
+    from .card import check_readme, write_card
+    from .card_notes import read_notes
     from .examples import draw_examples
 
     check_readme(options.folder, options.overwrite)  # before anything is drawn

@@ -27,7 +27,8 @@ from ..conversion.files import check_shard_size
 from ..conversion.training_checkpoint import read_model
 from ..pipeline_mdm import MDMPipeline
 from .adapter import FILES, read_adapter
-from .card import CARD, NOTES_FILE, SPEED, card_of, check_card, is_generated, read_notes
+from .card import CARD, SPEED, card_of, check_card, is_generated
+from .card_notes import NOTES_FILE, read_notes
 from .examples import EXAMPLES, FOLDER, checkpoint_hash, draw_examples
 
 

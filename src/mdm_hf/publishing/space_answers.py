@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from ..conversation_state import MDMConversationState
 from ..conversations import AUTO, MODALITIES
 from ..pipeline_mdm import MDMPipeline
-from .card import NOTES, NOTES_FILE, read_notes
+from .card_notes import NOTES, NOTES_FILE, read_notes
 from .handler import MOST_SAMPLES, MOST_STEPS
 from .space_html import Card, bubble, cards_as_html, on_canvas
 
