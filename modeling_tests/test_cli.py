@@ -271,6 +271,36 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys):
     assert "Got --seed with 2 seeds for shapes, which takes one and gives intervals" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        (
+            "digits",
+            ["--limit", "9", "--prompt", "x"],
+            "Got --limit, --prompt for digits, which reads no such option",
+        ),
+        ("shapes", ["--batch-size", "8"], "need --num-samples, --tasks, --split at most; leave the others out"),
+        ("fid", ["--num-samples", "70"], "Got --num-samples for fid"),
+        ("hellaswag", ["--split", "validation"], "Got --split for hellaswag"),
+    ],
+)
+def test_an_option_that_a_benchmark_does_not_read_is_refused(name, given, said, capsys):
+    assert main(["evaluate", "--model", CARD, "--benchmark", name, *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_shapes_are_scored_on_the_tasks_and_the_split_that_are_asked_for(tmp_path, capsys):
+    model, output = str(Path(CARD).with_name("mdm-shapes")), tmp_path / "scores.json"
+    arguments = ["evaluate", "--benchmark", "shapes", "--model", model, "--num-samples", "65", "--steps", "2"]
+    asked = ["--tasks", "question_answering", "--split", "validation"]
+    assert main([*arguments, *asked, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert (found["settings"]["split"], found["settings"]["tasks"]) == ("validation", ["question_answering"])
+    assert all(name.startswith("question_answering") for name in found["scores"])
+    assert main([*arguments, "--tasks", "drawing"]) == 2
+    assert "Got tasks drawing; need some of class_to_image" in capsys.readouterr().err
+
+
 def test_several_seeds_are_told_as_mean_and_range():
     one, two = (
         {

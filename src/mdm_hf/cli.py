@@ -170,7 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--benchmark", default="digits", help="one of those below (default: %(default)s)")
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     evaluate.add_argument(
-        "--num-samples", type=_sample_count, default=500, help="samples per task, 65 or more (default: %(default)s)"
+        "--num-samples",
+        type=_sample_count,
+        default=500,
+        help="of digits and shapes: samples per task, 65 or more (default: %(default)s)",
     )
     evaluate.add_argument("--steps", type=int, default=20, help="solver steps of each modality (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
@@ -184,7 +187,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[0],
         help="of samples and wordings; several for mean and range (default: 0)",
     )
-    evaluate.add_argument("--limit", type=_count, help="items at most (default: all; not of digits)")
+    evaluate.add_argument("--tasks", nargs="+", help="of shapes: class_to_image, ...; docs/shapes.md (default: all)")
+    evaluate.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="of shapes; validation to choose settings by (default: %(default)s)",
+    )
+    evaluate.add_argument("--limit", type=_count, help="items of a real benchmark at most (default: all)")
     evaluate.add_argument("--data", type=Path, help="the benchmark's file or folder; docs/benchmarks.md says which")
     evaluate.add_argument("--images", type=Path, help="folder with the benchmark's pictures")
     evaluate.add_argument("--prompt", help="text beside a picture to caption (default: none)")
@@ -199,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what a run keeps, to go on with after a kill (default: %(default)s)",
     )
     evaluate.add_argument("--output", type=Path, help="also write the result as JSON")
+    evaluate.set_defaults(default_of=evaluate.get_default)
 
     again = command(
         "reproduce",

@@ -225,4 +225,5 @@ def run(options) -> dict:
     """The benchmark "shapes" of the command line."""
     pipe = MDMPipeline.from_pretrained(options.model)
     sampling = {"num_inference_steps": options.steps} | {name: getattr(options, name) for name in SAMPLING}
-    return ShapesBenchmark(pipe, options.num_samples, sampling, options.seed[0]).run()
+    benchmark = ShapesBenchmark(pipe, options.num_samples, sampling, options.seed[0], options.split)
+    return benchmark.run(options.tasks or TASKS)
