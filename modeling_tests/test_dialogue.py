@@ -331,8 +331,11 @@ DAMAGES = {
     "no weights": (lambda facts, tensors: facts.pop("weights"), "'weights'"),
     "broken sizes": (lambda facts, tensors: facts.update(sizes="{"), "Expecting property name"),
     "a size missing": (
+    "other numbers": (lambda f, tensors: tensors["seen.0.ssm"].neg_(), "tensors that are not those that were written"),
+    "a length": (lambda f, tensors: tensors["length"].neg_(), "tensors that are not those that were written"),
         lambda f, t: f.update(sizes=json.dumps({k: v for k, v in json.loads(f["sizes"]).items() if k != "expand"})),
         "unknown expand",
+    "no digest": (lambda facts, tensors: facts.pop("contents"), "'contents'"),
     ),
     "a flat tensor": (lambda f, t: t.update({"unseen.0.conv": torch.zeros(1)}), "damaged conversation state"),
     "heads of nothing": (
