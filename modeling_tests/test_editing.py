@@ -116,6 +116,9 @@ def test_mask_tokens_stand_for_tokens_to_be_made_and_leave_no_labels(processor) 
     inputs = processor.apply_chat_template(answer({"type": "text", "text": f"a {gap}{gap} three"}))
     assert targets(processor, inputs) == [gap, gap]
     assert "labels" not in inputs
+    masked = {"text": f"a {gap} three", "mask": [(0, 1)]}, {"text": gap, "mask": [(0, len(gap))]}
+    for part, made in zip(masked, (["▁a", gap], [gap]), strict=True):  # whatever else a mask marks
+        assert targets(processor, processor.apply_chat_template(answer({"type": "text"} | part))) == made
     both = processor.apply_chat_template(answer({"type": "image"}, {"type": "text"}))
     assert targets(processor, both) == ["<|image_target|>"] * 16 + [gap] * CANVAS
     assert "labels" not in both
