@@ -264,6 +264,19 @@ def test_a_canvas_that_is_no_part_is_refused(pipe, canvas) -> None:
         pipe(canvas=[canvas] if isinstance(canvas, list) else canvas)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image", "imge": 5}, {"type": "image", "strength": 0.5}, {"type": "text", "text": "a", "msk": [(0, 1)]}],
+)
+def test_what_no_part_of_a_canvas_has_is_refused(pipe, part) -> None:
+    strange = {*part} - {"type", "text"}
+    with pytest.raises(
+        ValueError, match=f"Got a canvas with '{strange.pop()}' in a part of type .*; need some of type"
+    ):
+        pipe(text="a three", canvas=part)
+    assert pipe(text="a three", canvas={"type": "image", "text": None}, seed=0)[0]["images"]
+
+
 def test_whole_numbers_up_to_255_and_half_precision_are_masks_too(processor) -> None:
     for mask in (UPPER.astype(int) * 255, torch.tensor(UPPER).bfloat16(), UPPER.tolist()):
         made = processor.image_processor.patch_mask(mask, (4, 4))
