@@ -494,7 +494,7 @@ def test_the_pipelines_own_default_is_that_of_its_conversations(pipe) -> None:
         (lambda chat: chat(text="a", canvas={"type": "image"}), "Got canvas in a turn of a conversation; need one"),
         (lambda chat: chat(text="a", class_ids=3), "Got class_ids in a turn of a conversation; need one answer"),
         (lambda chat: chat(text="a", max_new_tokens=600), "Got max_new_tokens=600 .* need at most .* = 512; lower it"),
-        (lambda chat: chat.write(text="a", block_size=600), "Got max_new_tokens=600 for an answer that is to be"),
+        (lambda chat: chat.write(text="a", block_size=600), "`block_size` is 600; it must be at most .* = 512, as"),
         (lambda chat: chat(text="a", seed="x"), "`seed` is 'x'; it must be a whole number, 0 or more"),
         (lambda chat: chat.write(text="a", seed=2**64 - 1), r"`seed` is \d+; it must be .*, below 2\*\*63"),
         (lambda chat: chat(text="a", messages=[]), "Got `messages` together with `text` or `images`; need one"),
