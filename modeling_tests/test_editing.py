@@ -172,6 +172,9 @@ def test_infilling_keeps_every_known_word(pipe) -> None:
     for result in pipe(images=picture(), canvas=canvas, num_return_sequences=4, seed=0):
         assert result["text"][0].startswith("a")
         assert result["text"][0].endswith("three")
+    for text, known in (("É 😀\tis  three", "É 😀 is"), ("№ 3 is three", "No 3 is")):  # as the tokenizer has it
+        spelt = {"type": "text", "text": text, "mask": [(text.index("three"), len(text))]}
+        assert pipe(canvas=spelt, max_new_tokens=32, seed=0)[0]["text"][0].startswith(known)
     continued = {"type": "text", "text": "a handwritten", "mask": [(13, None)]}
     assert pipe(images=picture(), canvas=continued, seed=0)[0]["text"][0].startswith("a handwritten")
 
