@@ -293,6 +293,10 @@ def test_of_an_answer_that_is_left_while_it_forms_nothing_is_remembered(pipe) ->
     with pytest.raises(ValueError, match="num_inference_steps"):
         list(chat.stream("what?", num_inference_steps=0))
     assert chat.state is before
+    looked = iter(range(2))  # two looks, then `next` raises StopIteration
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(chat.stream("what?", seed=1, callback_on_step_end=lambda *step: print(next(looked))))
+    assert chat.state is before
 
 
 def test_a_state_of_other_weights_of_the_same_sizes_is_refused(pipe) -> None:
@@ -327,8 +331,11 @@ DAMAGES = {
     "rows": (lambda f, tensors: tensors.update(length=torch.zeros(2).long()), r"length of shape \(2,\)"),
     "NaN": (with_nan, "seen.0.ssm that holds NaN"),
     "a kind": (lambda f, tensors: tensors.update(length=torch.zeros(1)), "length of torch.float32"),
+    "other numbers": (lambda f, tensors: tensors["seen.0.ssm"].neg_(), "tensors that are not those that were written"),
+    "a length": (lambda f, tensors: tensors["length"].neg_(), "tensors that are not those that were written"),
     "no sizes": (lambda facts, tensors: facts.pop("sizes"), "'sizes'"),
     "no weights": (lambda facts, tensors: facts.pop("weights"), "'weights'"),
+    "no digest": (lambda facts, tensors: facts.pop("contents"), "'contents'"),
     "broken sizes": (lambda facts, tensors: facts.update(sizes="{"), "Expecting property name"),
     "a size missing": (
         lambda f, t: f.update(sizes=json.dumps({k: v for k, v in json.loads(f["sizes"]).items() if k != "expand"})),
@@ -491,7 +498,7 @@ def test_the_pipelines_own_default_is_that_of_its_conversations(pipe) -> None:
         (lambda chat: chat(text="a", canvas={"type": "image"}), "Got canvas in a turn of a conversation; need one"),
         (lambda chat: chat(text="a", class_ids=3), "Got class_ids in a turn of a conversation; need one answer"),
         (lambda chat: chat(text="a", max_new_tokens=600), "Got max_new_tokens=600 .* need at most .* = 512; lower it"),
-        (lambda chat: chat.write(text="a", block_size=600), "Got max_new_tokens=600 for an answer that is to be"),
+        (lambda chat: chat.write(text="a", block_size=600), "`block_size` is 600; it must be at most .* = 512, as"),
         (lambda chat: chat(text="a", seed="x"), "`seed` is 'x'; it must be a whole number, 0 or more"),
         (lambda chat: chat.write(text="a", seed=2**64 - 1), r"`seed` is \d+; it must be .*, below 2\*\*63"),
         (lambda chat: chat(text="a", messages=[]), "Got `messages` together with `text` or `images`; need one"),

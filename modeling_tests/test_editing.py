@@ -116,6 +116,9 @@ def test_mask_tokens_stand_for_tokens_to_be_made_and_leave_no_labels(processor) 
     inputs = processor.apply_chat_template(answer({"type": "text", "text": f"a {gap}{gap} three"}))
     assert targets(processor, inputs) == [gap, gap]
     assert "labels" not in inputs
+    masked = {"text": f"a {gap} three", "mask": [(0, 1)]}, {"text": gap, "mask": [(0, len(gap))]}
+    for part, made in zip(masked, (["▁a", gap], [gap]), strict=True):  # whatever else a mask marks
+        assert targets(processor, processor.apply_chat_template(answer({"type": "text"} | part))) == made
     both = processor.apply_chat_template(answer({"type": "image"}, {"type": "text"}))
     assert targets(processor, both) == ["<|image_target|>"] * 16 + [gap] * CANVAS
     assert "labels" not in both
@@ -169,6 +172,9 @@ def test_infilling_keeps_every_known_word(pipe) -> None:
     for result in pipe(images=picture(), canvas=canvas, num_return_sequences=4, seed=0):
         assert result["text"][0].startswith("a")
         assert result["text"][0].endswith("three")
+    for text, known in (("É 😀\tis  three", "É 😀 is"), ("№ 3 is three", "No 3 is")):  # as the tokenizer has it
+        spelt = {"type": "text", "text": text, "mask": [(text.index("three"), len(text))]}
+        assert pipe(canvas=spelt, max_new_tokens=32, seed=0)[0]["text"][0].startswith(known)
     continued = {"type": "text", "text": "a handwritten", "mask": [(13, None)]}
     assert pipe(images=picture(), canvas=continued, seed=0)[0]["text"][0].startswith("a handwritten")
 
@@ -259,6 +265,19 @@ def test_a_strength_of_less_than_half_a_step_is_refused(pipe) -> None:
 def test_a_canvas_that_is_no_part_is_refused(pipe, canvas) -> None:
     with pytest.raises(ValueError, match="Got the canvas .*; need a part of a message or a list of them; a picture"):
         pipe(canvas=[canvas] if isinstance(canvas, list) else canvas)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image", "imge": 5}, {"type": "image", "strength": 0.5}, {"type": "text", "text": "a", "msk": [(0, 1)]}],
+)
+def test_what_no_part_of_a_canvas_has_is_refused(pipe, part) -> None:
+    strange = {*part} - {"type", "text"}
+    with pytest.raises(
+        ValueError, match=f"Got a canvas with '{strange.pop()}' in a part of type .*; need some of type"
+    ):
+        pipe(text="a three", canvas=part)
+    assert pipe(text="a three", canvas={"type": "image", "text": None}, seed=0)[0]["images"]
 
 
 def test_whole_numbers_up_to_255_and_half_precision_are_masks_too(processor) -> None:

@@ -292,6 +292,8 @@ def test_a_stream_that_is_left_stops_the_network_and_its_errors_are_raised(pipe,
     assert (len(calls), threading.active_count()) == (2, threads)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pipe.stream("a three", generate="image", num_inference_steps=9))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(pipe.stream("a three", generate="image", callback_on_step_end=lambda *step: next(iter(()))))
     assert threading.active_count() == threads
 
 

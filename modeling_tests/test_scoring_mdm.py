@@ -329,6 +329,12 @@ def test_choices_that_do_not_fit_their_prompts_are_refused(pipe):
     for choices in (None, {"yes"}, "yes", 5):
         with pytest.raises(ValueError, match=f"Got choices of type {type(choices).__name__}; need a list of answers"):
             pipe.score_choices(text="a", choices=choices)
+    with pytest.raises(ValueError, match="Got None among the choices for prompt 1; need texts or pictures"):
+        pipe.score_choices(text=["a", "b"], choices=[["yes"], ["no", None]])
+    with pytest.raises(
+        ValueError, match="Got texts and pictures among the choices for prompt 0; need all of one kind"
+    ):
+        pipe.score_choices(text="a", choices=["yes", torch.zeros(1, 8, 8)])
     asked = {"text": "a", "choices": ["yes", "no"], "num_samples": 4}
     for options, message in (
         ({"seed": -1}, "`seed` is -1; it must be a whole number, 0 or more"),

@@ -70,7 +70,8 @@ def score_choices(
         max_new_tokens: Length of the text canvas; an answer fills it with </s>.
 
     Raises:
-        ValueError: not as many lists of answers as questions, an empty one, and what processor and `score` refuse.
+        ValueError: not as many lists of answers as questions, an empty one, texts and pictures in one list, and what
+            processor and `score` refuse.
     """
     seed, batch_size = whole_number("seed", seed, least=0), whole_number("batch_size", batch_size)
     if len(conversations) != len(choices):
@@ -79,6 +80,14 @@ def score_choices(
         )
     if empty := [i for i, some in enumerate(choices) if not isinstance(some, list | tuple) or not some]:
         raise ValueError(f"Got choices {choices[empty[0]]!r} for prompt {empty[0]}; need a list of one or more.")
+    for i, some in enumerate(choices):
+        if any(one is None for one in some):
+            raise ValueError(f"Got None among the choices for prompt {i}; need texts or pictures; leave it out.")
+        if len({isinstance(one, str) for one in some}) > 1:
+            raise ValueError(
+                f"Got texts and pictures among the choices for prompt {i}; need all of one kind, as the probability "
+                "of tokens and the density of pixels cannot be compared; score each kind in a call of its own."
+            )
     asked = enumerate(zip(conversations, choices, strict=True))
     rows = [(seed + i, _answered(messages, one)) for i, (messages, some) in asked for one in some]
     seeds, answered = zip(*rows, strict=True)

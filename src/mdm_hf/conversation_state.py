@@ -8,6 +8,7 @@ conversation is read both ways: `unseen` as if there never were one, `seen` as i
 is settled when the state is used.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class MDMConversationState:
             ValueError: no folder for it, or none that may be written to.
         """
         facts = {"format": FORMAT, "sizes": json.dumps(self.sizes), "weights": self.weights}
+        facts["contents"] = self._digest()
         tensors = {name: value.contiguous() for name, value in self._tensors().items()}
         try:
             with TemporaryDirectory(prefix=".unfinished-", dir=Path(path).parent) as aside:
@@ -123,6 +125,8 @@ class MDMConversationState:
             if tensors or set(sizes) != {*SIZES}:
                 raise ValueError(f"unknown {', '.join(sorted({*tensors} | ({*sizes} ^ {*SIZES})))}")
             state._check_tensors()
+            if facts["contents"] != state._digest():
+                raise ValueError("tensors that are not those that were written")
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"Got {path}, a damaged conversation state ({error}); {need}.") from error
         return state
@@ -170,6 +174,13 @@ class MDMConversationState:
                 "Got a state and `input_ids` with a class token, which begins a conversation; need what goes on from "
                 "the state; make them with is_continued=True."
             )
+
+    def _digest(self) -> str:
+        """Of every byte of its tensors, alike on every device."""
+        told = hashlib.sha256()
+        for name, value in sorted(self._tensors().items()):
+            told.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return told.hexdigest()
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {"has_image": self.has_image, "length": self.length}

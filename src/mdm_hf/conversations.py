@@ -20,6 +20,7 @@ MODALITIES = ("image", "text")
 AUTO = "auto"  # in place of them: the model decides
 ROLES = ("system", "user", "assistant")
 MEDIA_KEYS = ("image", "url", "path", "base64")
+PART_KEYS = {"image": ("type", *MEDIA_KEYS, "latents", "mask"), "text": ("type", "text", "mask", "continues")}
 NO_CLASS = -1
 
 

@@ -169,6 +169,11 @@ class MDMDialogue:
             )
         size = processor.max_new_tokens if block_size is None else whole_number("block_size", block_size)
         left = whole_number("max_new_tokens", max_new_tokens)
+        if min(size, left) > (most := processor.longest_text):
+            raise ValueError(
+                f"`block_size` is {size}; it must be at most the tokenizer's model_max_length = {most}, as blocks are "
+                "remembered; lower it."
+            )
         due = whole_number("min_new_tokens", min_new_tokens, least=0)
         if due > left:
             raise ValueError(f"`min_new_tokens` is {due}; it must be at most max_new_tokens = {left}; lower it.")

@@ -81,7 +81,7 @@ def expand_placeholders(
             is_target: list[bool] = []
             if in_targets:
                 spans, filler = next(masks, None), "bos_token" if next(continues, False) else "eos_token"
-                if body == [gap]:
+                if body == [gap] and spans is None:
                     body = body * canvas
                 if len(body) > canvas:
                     raise ValueError(
@@ -129,8 +129,8 @@ def _targets_of(
     if spans is None:
         return [one == gap for one in body] + [False] * (canvas - len(body)) if gap in body else [True] * canvas
     marks = [
-        any(first < (math.inf if end is None else end) and last > start for start, end in spans)
-        for first, last in places
+        one == gap or any(first < (math.inf if end is None else end) and last > start for start, end in spans)
+        for one, (first, last) in zip(body, places, strict=True)
     ]
     marks += [any(end is None for _, end in spans)] * (canvas - len(body))
     if not any(marks):

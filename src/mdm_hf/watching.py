@@ -37,30 +37,30 @@ def watched(
 
 def _shown(draw: Callable[[Callable], None]) -> Iterator:
     """What `draw(show)` shows, one at a time; it runs in a thread, and only while the next is waited for."""
-    shown: queue.SimpleQueue = queue.SimpleQueue()
+    shown: queue.SimpleQueue = queue.SimpleQueue()  # of (item, error, whether it is the last)
     asked: queue.SimpleQueue = queue.SimpleQueue()
 
     def show(item) -> None:
-        shown.put((item, None))
+        shown.put((item, None, False))
         if not asked.get():
             raise GeneratorExit
 
     def work() -> None:
         try:
             draw(show)
-            shown.put((None, StopIteration()))
+            shown.put((None, None, True))
         except BaseException as error:
-            shown.put((None, error))
+            shown.put((None, error, True))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            item, error = shown.get()
-            if isinstance(error, StopIteration):
-                return
+            item, error, is_last = shown.get()
             if error is not None:
                 raise error
+            if is_last:
+                return
             yield item
             asked.put(True)
     finally:
