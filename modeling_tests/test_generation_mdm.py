@@ -1,5 +1,6 @@
 """Claims about sampling."""
 
+import logging
 from unittest import mock
 
 import pytest
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, denoiser, generation_mdm
+from mdm_hf.solvers import solver_named
 
 
 def same_outputs(a, b, atol=3e-5):
@@ -428,6 +430,17 @@ def test_a_solver_may_be_named():
             model.generate(**inputs, scheduler=name)
     with pytest.raises(ValueError, match=r"`scheduler` \(EulerDiscreteScheduler\)"):
         model.generate(**inputs, scheduler="EulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "DDIMScheduler"])
+def test_a_named_solver_is_made_without_a_warning(name, caplog):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        solver_named(name, tiny_model().config)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_the_callback_sees_every_step_and_may_replace_the_latents():

@@ -429,6 +429,11 @@ def broken(**changes):
         ({"input_ids": torch.full((2, 19), 64)}, "must lie in [0, vocab_size) = [0, 64)"),
         ({"attention_mask": torch.ones(2, 3)}, "`attention_mask` has shape (2, 3)"),
         ({"target_mask": torch.ones(2, 3)}, "`target_mask` has shape (2, 3)"),
+        (
+            {"target_mask": torch.full((2, 19), 2)},
+            "`target_mask` holds other numbers than 0 and 1; it must say yes or",
+        ),
+        ({"attention_mask": torch.full((2, 19), 0.5)}, "`attention_mask` holds other numbers than 0 and 1"),
         ({"seeds": torch.tensor([1, 2, 3])}, "`seeds` is [1, 2, 3]; it must be (batch,) = (2,) whole numbers"),
         ({"seeds": torch.tensor([1, -2])}, "of 0 or more, one per row"),
         ({"class_ids": torch.tensor([1, 10])}, "`class_ids` holds 10; this model knows classes 0 to 9"),

@@ -371,7 +371,7 @@ def test_lists_of_different_lengths_are_refused(processor: MDMProcessor) -> None
 
 @pytest.mark.parametrize("generate", ["video", ("image", "sound"), "", (), "images", 3, {"image": 1}])
 def test_an_unknown_or_empty_generate_is_refused(processor: MDMProcessor, generate) -> None:
-    with refuses(r"Got generate with .*; need 'image', 'text' or both; name what to make\."):
+    with refuses(r"Got generate with .*; need 'image', 'text' or both, or 'auto' in a call"):
         processor(text="a three", generate=generate)
     with refuses("need 'image', 'text' or both"):
         processor.apply_chat_template([user(text_part("a three"))], generate=generate)

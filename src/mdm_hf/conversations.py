@@ -207,7 +207,10 @@ def as_modalities(generate: str | Iterable[str]) -> tuple[str, ...]:
     unknown = [one for one in asked if one not in MODALITIES]
     if unknown or not asked:
         got = repr(unknown[0]) if unknown else "nothing"
-        raise ValueError(f"Got generate with {got}; need 'image', 'text' or both; name what to make.")
+        raise ValueError(
+            f"Got generate with {got}; need 'image', 'text' or both, or 'auto' in a call of a pipeline; name what "
+            "to make."
+        )
     return asked
 
 

@@ -322,6 +322,8 @@ def _check_tokens(config, input_ids, attention_mask, target_mask) -> None:
                 f"`{name}` has shape {tuple(mask.shape)}, `input_ids` {tuple(input_ids.shape)}; they must be equal: "
                 "one entry a token."
             )
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(f"`{name}` holds other numbers than 0 and 1; it must say yes or no of each token.")
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(

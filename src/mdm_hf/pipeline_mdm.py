@@ -32,6 +32,7 @@ TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows
 PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
 GENERATE_OPTIONS = (*(name for name in SAMPLING_OPTIONS if name != "use_cache"), "scheduler")
 CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
+SIZES = {"image": ("image_size",), "text": ("max_new_tokens", "min_new_tokens")}  # of what is made
 # How to reach the Hub, for all parts alike.
 ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -182,10 +183,11 @@ class MDMPipeline(Pipeline):
             and draws a batch at a time.
 
         Raises:
-            ValueError: conditions that do not fit together, with what was got, what is needed, what to do.
+            ValueError: conditions that do not fit together, or sizes of what is not made, with what was got, what is
+                needed, what to do.
         """
         size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
-        stages = self._stages(options)
+        stages = self._stages(options, canvas)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
         prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
         results = self._results(prompts, size, first_seed(seed), *stages, callback_on_step_end)
@@ -220,7 +222,7 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: as a call; prompts that are neither values nor lists.
         """
-        for_processor, for_generate = self._stages(options)
+        for_processor, for_generate = self._stages(options, canvas)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
         prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
         if not isinstance(prompts, list):
@@ -308,12 +310,21 @@ class MDMPipeline(Pipeline):
             asked.append(prompt["messages"] or self.processor.as_messages(*conditions))
         return score_choices(self.model, self.processor, asked, choices, num_samples, seed, batch_size, max_new_tokens)
 
-    def _stages(self, options: dict) -> tuple[dict, dict]:
-        """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
+    def _stages(self, options: dict, canvas=None) -> tuple[dict, dict]:
+        """Options of `preprocess` and of `_forward`: this call's over the pipeline's. What a call makes is said by its
+        canvas, or by `generate`."""
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
         for_processor = self._preprocess_params | for_processor
         generate = for_processor.get("generate", MODALITIES)
-        for_processor["generate"] = generate if generate == AUTO else as_modalities(generate)
+        for_processor["generate"] = made = generate if generate == AUTO else as_modalities(generate)
+        if canvas is None and made != AUTO:
+            for kind, names in SIZES.items():
+                idle = [name for name in names if options.get(name) is not None and kind not in made]
+                if idle:
+                    raise ValueError(
+                        f"Got {', '.join(idle)} with generate={generate!r}, where it does nothing; need it where "
+                        f"{kind}s are made; leave it out, or ask for {kind!r} too."
+                    )
         return for_processor, {"scheduler": self.scheduler} | self._forward_params | for_generate
 
     def _results(self, prompts, size: int, seed: int, for_processor: dict, for_generate: dict, callback):

@@ -244,7 +244,8 @@ class MDMProcessor(ProcessorMixin):
         if training and options["generate"] is not None:
             raise ValueError(
                 f"Got generate={options['generate']!r} and a last assistant message, whose parts are the targets; "
-                "need one of the two; drop that message to generate, or `generate` to train."
+                "need one of the two; to generate, drop that message, or pass it to the pipeline as its `canvas`; to "
+                "train, drop `generate`."
             )
         if 0 < training < len(prompts):
             raise ValueError(

@@ -1,5 +1,6 @@
 """Solvers from diffusers: which of them can drive MDM, and the copy of one for each modality (paper Sec. 8)."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -46,8 +47,9 @@ def solver_named(name: str, config: MDMConfig):
         raise ValueError(
             f"`scheduler` is {name!r}, which names no scheduler of diffusers {diffusers.__version__}; {USABLE_SOLVERS}"
         )
+    known = {*inspect.signature(kind.__init__).parameters, "_use_default_values"}  # diffusers warns of others
     try:
-        return kind.from_config(default_solver(config).config)
+        return kind.from_config({name: v for name, v in default_solver(config).config.items() if name in known})
     except Exception as error:  # one for other noise than ours; each says so in its own way
         raise ValueError(
             f"`scheduler` is {name!r}, which cannot be made from the model's betas ({error}); {USABLE_SOLVERS}"
