@@ -126,6 +126,19 @@ def test_a_bootstrap_interval_is_as_wide_as_the_error_of_the_mean_says():
         bootstrap_interval([])
 
 
+def test_the_interval_of_a_biased_statistic_covers_it_as_often_as_it_says():
+    def number_of_kinds(rows: np.ndarray) -> float:  # as an inception score counts them
+        share = rows.mean(0)
+        return float(np.exp(-(share * np.log(share.clip(min=1e-30))).sum()))
+
+    rng = np.random.default_rng(0)
+    sets = [np.eye(25)[rng.integers(25, size=200)] for _ in range(100)]
+    expected = np.mean([number_of_kinds(rows) for rows in sets])
+    ends = np.array([bootstrap_interval(rows, number_of_kinds, 100, is_biased=True) for rows in sets])
+    assert ((ends[:, 0] <= expected) & (expected <= ends[:, 1])).mean() > 0.85
+    assert all(low < number_of_kinds(rows) < high for rows, (low, high) in zip(sets, ends, strict=True))
+
+
 def test_a_grid_has_a_place_for_every_cell_caption_and_heading():
     cell = (Image.new("L", (8, 8), 255), "a long caption that needs more than one line")
     plain = picture_grid([cell] * 5, columns=3)

@@ -19,6 +19,7 @@ from mdm_hf.evaluation.image_quality import (
     frechet_distance,
     inception_score,
     precision_and_recall,
+    score_features,
 )
 from mdm_hf.evaluation.results import file_hash
 from mdm_hf.training.digits import load_digits_split
@@ -117,6 +118,21 @@ def test_precision_and_recall_are_those_of_an_oracle_that_asks_every_pair(clouds
     assert not far[1].any()
     with pytest.raises(ValueError, match=f"Got 60 real and 1 made pictures; need more than k = {k} of each"):
         precision_and_recall(real, made[:1], k)
+
+
+def test_intervals_of_distance_and_inception_score_cover_them_as_often_as_they_say():
+    def made(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return rng.normal(0.3, 1.1, (300, 6)), rng.dirichlet(np.full(8, 0.3), 300)
+
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 6)), rng.dirichlet(np.ones(8), 400)
+    found = [score_features(real, made(seed), "distance") for seed in range(1, 81)]
+    for name in ("distance", "inception_score"):
+        values = np.array([scores[name] for scores, _ in found])
+        ends = np.array([intervals[name] for _, intervals in found])
+        assert ((ends[:, 0] <= values.mean()) & (values.mean() <= ends[:, 1])).mean() > 0.91, name
+        assert 1.9 < np.diff(ends).mean() / 2 / values.std() < 2.8, name
 
 
 def test_an_extractor_gives_features_and_classes_and_is_known_by_its_file(inception):

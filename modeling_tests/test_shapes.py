@@ -130,6 +130,19 @@ def test_who_does_something_else_gets_next_to_nothing() -> None:
     assert scores["text_to_image"] < 0.4  # "a circle" is often another one's wish too
 
 
+def test_a_score_lies_in_its_interval_and_whatever_is_a_mean_of_samples_has_one(of_oracle) -> None:
+    scores, intervals = of_oracle["scores"], of_oracle["intervals"]
+    assert all(low <= scores[name] <= high for name, (low, high) in intervals.items())
+    others = (
+        "shapes_frechet_distance",
+        "of_training_images",
+        "of_real_images",
+        "of_true_captions",
+        "by_commonest_answer",
+    )
+    assert {name for name in scores if not name.endswith(others)} == set(intervals)
+
+
 def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
     settings = of_oracle["settings"]
     assert (settings["split"], settings["num_samples"], settings["seed"]) == ("test", COUNT, 0)

@@ -95,7 +95,7 @@ class ShapesBenchmark:
             "shapes_classifier_score_of_real_images": inception_score(real_classes, splits=1)[0],
         }
         self.intervals["shapes_classifier_score"] = bootstrap_interval(
-            classes, lambda p: inception_score(p, 1)[0], 200
+            classes, lambda p: inception_score(p, 1)[0], 200, is_biased=True
         )
         self._share("shapes_precision", inside)
         self._share("shapes_recall", covered)
@@ -189,7 +189,7 @@ class ShapesBenchmark:
         right = [describes(read_text(t), s) for t, s in zip(written, read, strict=True)]
         self._share("image_and_text", right)
         self._show("image_and_text", images, written, right)
-        self.scores["image_and_text_pictures_read"] = float(np.mean([shapes is not None for shapes in read]))
+        self._share("image_and_text_pictures_read", [shapes is not None for shapes in read])
 
     def _scenes(self, wanted: Callable = lambda scene: True, number: int | None = None) -> Iterator[tuple]:
         """The scenes of the split that are wanted, from a place that the seed says, with a generator each."""
