@@ -187,6 +187,14 @@ def test_pictures_of_prompts_are_drawn_from_a_text_file(inception, real, tmp_pat
     assert json.dumps(found)
 
 
+def test_a_file_without_prompts_is_refused_and_not_taken_for_classes(inception, real, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n \n")
+    given = "--images", str(real), "--inception", str(inception), "--limit", "6", "--data", str(prompts)
+    evaluate(tmp_path, "fid", *given, status=2)
+    assert "prompts.txt without a prompt; need one a line" in capsys.readouterr().err
+
+
 def test_a_folder_without_pictures_is_refused(inception, tmp_path, capsys):
     evaluate(tmp_path, "fid", "--inception", str(inception), "--images", str(tmp_path), status=2)
     assert "without a picture; need the folder of the real ones" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..pipeline_mdm import MDMPipeline
 from .results import batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .visual_questions import shown_picture
 
 
 # The first 16 digits of the SHA-256 of the file: the name its distances may bear.
@@ -159,6 +160,12 @@ def run(options) -> dict:
     paths = pictures_in(options.images)
     prompts = None if options.data is None else options.data.read_text(encoding="utf-8").split("\n")
     prompts = prompts and [line.strip() for line in prompts if line.strip()]
+    if prompts == []:
+        raise ValueError(f"Got --data {options.data} without a prompt; need one a line; leave it out for the classes.")
+    if prompts is None and not pipe.model.config.num_classes:
+        raise ValueError(
+            f"Got no --data for {options.model}, which has no classes; need a text file, a prompt a line."
+        )
     count, sampling, seed = options.limit or 50_000, sampling_of(options, pipe), options.seed[0]
     settings = {"benchmark": "fid", "model": options.model, "seed": seed, "classes": pipe.model.config.num_classes}
     settings |= sampling | {"data": None if prompts is None else file_hash(options.data)}
@@ -178,7 +185,7 @@ def run(options) -> dict:
         size,
         "reading",
         options.work_dir / "fid" / settings_hash({"images": [[str(p), p.stat().st_mtime_ns] for p in paths]}),
-        lambda part: [Image.open(paths[i]) for i in part],
+        lambda part: [shown_picture(paths[i]) for i in part],
     )
     name = "fid" if extractor.is_inception else "frechet_distance_of_another_extractor"
     scores, intervals = score_features(real, made, name)
