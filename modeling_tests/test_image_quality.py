@@ -159,6 +159,24 @@ def real(tmp_path_factory) -> Path:
     return folder
 
 
+class Other(torch.nn.Module):
+    def forward(self, images: torch.Tensor):
+        return images
+
+
+class Broken(torch.nn.Module):
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        return images.float().flatten(1) / 0
+
+
+@pytest.mark.parametrize(("network", "why"), [(Other, "which cannot be called"), (Broken, "or are not finite")])
+def test_another_kind_of_network_is_refused_by_name(network, why, tmp_path):
+    path = tmp_path / "network.pt"
+    torch.jit.script(network()).save(str(path))
+    with pytest.raises(ValueError, match=rf"Got --inception {path}.*{why}.*need a network that is called like"):
+        InceptionExtractor(path)(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
 def test_only_the_known_networks_distance_is_called_fid(inception, real, tmp_path, monkeypatch):
     given = "--images", str(real), "--inception", str(inception), "--limit", "20", "--batch-size", "10"
     other = evaluate(tmp_path, "fid", *given)

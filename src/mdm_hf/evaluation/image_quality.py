@@ -50,15 +50,30 @@ class InceptionExtractor:
                 f"Got {path}, which torch.jit cannot load ({str(error).splitlines()[0]}); need a TorchScript file, "
                 "such as StyleGAN3's inception-2015-12-05.pt."
             ) from error
-        self.id, self.device = file_hash(path), device
+        self.id, self.device, self.path = file_hash(path), device, path
         self.is_inception = self.id in KNOWN_EXTRACTORS
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images (n, 3, h, w) -> features (n, d), class probabilities (n, c), both float64."""
+        """uint8 images (n, 3, h, w) -> features (n, d), class probabilities (n, c), both float64.
+
+        Raises:
+            ValueError: the network is not called like StyleGAN3's, or gives something else.
+        """
         images = images.to(self.device)
-        features = self.network(images, return_features=True)
-        classes = self.network(images, no_output_bias=True)
+        remedy = "need a network that is called like StyleGAN3's inception-2015-12-05.pt, and gives what it does"
+        try:
+            features = self.network(images, return_features=True)
+            classes = self.network(images, no_output_bias=True)
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise ValueError(f"Got --inception {self.path}, which cannot be called ({why}); {remedy}.") from error
+        for name, found in (("features", features), ("class probabilities", classes)):
+            if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
+                raise ValueError(
+                    f"Got --inception {self.path}, whose {name} of {len(images)} pictures have the shape "
+                    f"{tuple(found.shape)} or are not finite; {remedy}."
+                )
         return features.double().cpu().numpy(), classes.double().cpu().numpy()
 
 

@@ -15,6 +15,7 @@ Anything called like an MDMPipeline can be scored; what has no `score` has no li
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,10 @@ class ShapesBenchmark:
         for task in tasks:
             getattr(self, task)()
         defaults = getattr(getattr(self.pipe, "model", None), "generation_config", None)
-        names = ("num_inference_steps", *SAMPLING)
+        names = ("num_inference_steps", *SAMPLING, "modality_lag")
         settings = {"benchmark": "shapes", "split": self.split, "tasks": list(tasks), "num_samples": self.num_samples}
         settings |= {name: getattr(defaults, name, None) for name in names} | self.sampling | {"seed": self.seed}
+        settings["solver"] = _solver(getattr(self.pipe, "scheduler", None))
         return result(self.scores, self.intervals, settings, started, num_samples=self.num_samples)
 
     def class_to_image(self) -> None:
@@ -211,6 +213,14 @@ class ShapesBenchmark:
 
     def _show(self, name: str, images: Sequence, texts: Sequence[str], right: Sequence[bool]) -> None:
         self.examples[name] = list(zip(images, texts, right, strict=True))[:16]
+
+
+def _solver(scheduler: Any) -> str | None:
+    """The name of a solver of diffusers, and its order where it has a choice."""
+    if scheduler is None:
+        return None
+    has_order = "solver_order" in signature(type(scheduler)).parameters
+    return type(scheduler).__name__ + (f", order {scheduler.config.solver_order}" if has_order else "")
 
 
 def examples_sheet(examples: dict[str, list[tuple[Image.Image | None, str, bool]]], columns: int = 8) -> Image.Image:
