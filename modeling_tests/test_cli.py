@@ -255,6 +255,14 @@ def test_help_shows_an_example(command, capsys):
     assert f"example:\n  mdm {command}" in capsys.readouterr().out
 
 
+def test_evaluate_refuses_what_it_could_not_write_or_draw_before_it_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mdm_hf.evaluation.benchmarks.run_benchmark", None)
+    assert main(["evaluate", "--model", CARD, "--output", str(tmp_path)]) == 2
+    assert f"Got --output {tmp_path}, which is a folder; need a file's name" in capsys.readouterr().err
+    assert main(["evaluate", "--model", CARD, "--seed", "0", "-1"]) == 2
+    assert "Got --seed -1; need 0 or more" in capsys.readouterr().err
+
+
 def test_evaluate_writes_scores_with_their_settings(tmp_path):
     output = tmp_path / "scores.json"
     assert main(["evaluate", "--model", CARD, "--num-samples", "70", "--steps", "4", "--output", str(output)]) == 0

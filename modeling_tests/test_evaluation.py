@@ -11,7 +11,7 @@ from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.demo import with_truth
 from mdm_hf.evaluation.digits import DigitJudge, as_pixels, evaluate_digits, frechet_distance
 from mdm_hf.evaluation.pictures import picture_grid
-from mdm_hf.evaluation.results import bootstrap_interval
+from mdm_hf.evaluation.results import bootstrap_interval, model_id
 from mdm_hf.training.digits import all_questions_and_answers, caption, digit_named_in, load_digits_split
 
 
@@ -124,6 +124,33 @@ def test_a_bootstrap_interval_is_as_wide_as_the_error_of_the_mean_says():
     assert high - low == pytest.approx(2 * 1.96 * 2 / 400**0.5, rel=0.1)
     with pytest.raises(ValueError, match="needs at least one"):
         bootstrap_interval([])
+
+
+def test_the_interval_of_a_biased_statistic_covers_it_as_often_as_it_says():
+    def number_of_kinds(rows: np.ndarray) -> float:  # as an inception score counts them
+        share = rows.mean(0)
+        return float(np.exp(-(share * np.log(share.clip(min=1e-30))).sum()))
+
+    rng = np.random.default_rng(0)
+    sets = [np.eye(25)[rng.integers(25, size=200)] for _ in range(100)]
+    expected = np.mean([number_of_kinds(rows) for rows in sets])
+    ends = np.array([bootstrap_interval(rows, number_of_kinds, 100, is_biased=True) for rows in sets])
+    assert ((ends[:, 0] <= expected) & (expected <= ends[:, 1])).mean() > 0.85
+    assert all(low < number_of_kinds(rows) < high for rows, (low, high) in zip(sets, ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "scheduler/s.json"]
+)
+def test_a_model_is_another_one_when_any_of_its_configurations_changes(name, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / name).write_text("{}")
+    before = model_id(str(tmp_path))
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "scores.json").write_text("{}")
+    assert model_id(str(tmp_path)) == before
+    (tmp_path / name).write_text('{"a": 1}')
+    assert model_id(str(tmp_path)) != before
 
 
 def test_a_grid_has_a_place_for_every_cell_caption_and_heading():

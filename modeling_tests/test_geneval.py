@@ -63,6 +63,14 @@ def test_what_is_not_genevals_file_is_refused(tmp_path):
     bad.write_text('{"prompt": "a"}\n{"tag": "b"}\n')
     with pytest.raises(ValueError, match="whose line 2 has no `prompt`"):
         read_prompts(bad)
+    for content, why in (
+        (b"", "without a line"),
+        (b'{"prompt', "not whole JSON"),
+        (b'{"prompt": "\xe9"}', "not whole"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{bad}.*{why}"):
+            read_prompts(bad)
 
 
 def test_a_grid_is_square():

@@ -19,6 +19,7 @@ from mdm_hf.evaluation.image_quality import (
     frechet_distance,
     inception_score,
     precision_and_recall,
+    score_features,
 )
 from mdm_hf.evaluation.results import file_hash
 from mdm_hf.training.digits import load_digits_split
@@ -119,6 +120,21 @@ def test_precision_and_recall_are_those_of_an_oracle_that_asks_every_pair(clouds
         precision_and_recall(real, made[:1], k)
 
 
+def test_intervals_of_distance_and_inception_score_cover_them_as_often_as_they_say():
+    def made(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return rng.normal(0.3, 1.1, (300, 6)), rng.dirichlet(np.full(8, 0.3), 300)
+
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 6)), rng.dirichlet(np.ones(8), 400)
+    found = [score_features(real, made(seed), "distance") for seed in range(1, 81)]
+    for name in ("distance", "inception_score"):
+        values = np.array([scores[name] for scores, _ in found])
+        ends = np.array([intervals[name] for _, intervals in found])
+        assert ((ends[:, 0] <= values.mean()) & (values.mean() <= ends[:, 1])).mean() > 0.91, name
+        assert 1.9 < np.diff(ends).mean() / 2 / values.std() < 2.8, name
+
+
 def test_an_extractor_gives_features_and_classes_and_is_known_by_its_file(inception):
     images, _ = load_digits_split("train")
     extractor = InceptionExtractor(inception)
@@ -141,6 +157,24 @@ def real(tmp_path_factory) -> Path:
     for i, image in enumerate(load_digits_split("heldout")[0][:20]):
         image.save(folder / f"{i:03d}.png")
     return folder
+
+
+class Other(torch.nn.Module):
+    def forward(self, images: torch.Tensor):
+        return images
+
+
+class Broken(torch.nn.Module):
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        return images.float().flatten(1) / 0
+
+
+@pytest.mark.parametrize(("network", "why"), [(Other, "which cannot be called"), (Broken, "or are not finite")])
+def test_another_kind_of_network_is_refused_by_name(network, why, tmp_path):
+    path = tmp_path / "network.pt"
+    torch.jit.script(network()).save(str(path))
+    with pytest.raises(ValueError, match=rf"Got --inception {path}.*{why}.*need a network that is called like"):
+        InceptionExtractor(path)(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
 def test_only_the_known_networks_distance_is_called_fid(inception, real, tmp_path, monkeypatch):
@@ -169,6 +203,14 @@ def test_pictures_of_prompts_are_drawn_from_a_text_file(inception, real, tmp_pat
     found = evaluate(tmp_path, "fid", *given)
     assert found["settings"]["data"] == file_hash(prompts)
     assert json.dumps(found)
+
+
+def test_a_file_without_prompts_is_refused_and_not_taken_for_classes(inception, real, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n \n")
+    given = "--images", str(real), "--inception", str(inception), "--limit", "6", "--data", str(prompts)
+    evaluate(tmp_path, "fid", *given, status=2)
+    assert "prompts.txt without a prompt; need one a line" in capsys.readouterr().err
 
 
 def test_a_folder_without_pictures_is_refused(inception, tmp_path, capsys):

@@ -13,7 +13,7 @@ from lm_eval.api.registry import get_model
 from mdm_hf import MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.evaluation.benchmarks import BENCHMARKS
-from mdm_hf.evaluation.lm_eval_adapter import TASK_FOLDERS, MDMForLMEval
+from mdm_hf.evaluation.lm_eval_adapter import TASK_FOLDERS, MDMForLMEval, data_hash
 
 
 CHOICES = ["the sun", "a stone", "the moon", "a tree"]
@@ -95,6 +95,13 @@ def test_the_task_runs_on_its_data_sets_own_rows(name, tmp_path):
         assert 0 <= low <= score <= high <= 1
     assert found["settings"]["benchmark"] == name
     assert len(found["settings"]["hash"]) == 12
+
+
+def test_the_hash_of_the_data_is_that_of_its_content_wherever_it_lies(tmp_path):
+    here, there = (write(tmp_path / name, "mmlu") for name in ("here", "there"))
+    assert data_hash(here) == data_hash(there)
+    (there / "anatomy" / "test.jsonl").write_text("{}")
+    assert data_hash(here) != data_hash(there)
 
 
 def test_every_benchmark_of_lm_eval_is_on_the_command_line():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image
 
 from mdm_hf.evaluation import reproduce as module
@@ -130,6 +131,19 @@ def test_who_does_something_else_gets_next_to_nothing() -> None:
     assert scores["text_to_image"] < 0.4  # "a circle" is often another one's wish too
 
 
+def test_a_score_lies_in_its_interval_and_whatever_is_a_mean_of_samples_has_one(of_oracle) -> None:
+    scores, intervals = of_oracle["scores"], of_oracle["intervals"]
+    assert all(low <= scores[name] <= high for name, (low, high) in intervals.items())
+    others = (
+        "shapes_frechet_distance",
+        "of_training_images",
+        "of_real_images",
+        "of_true_captions",
+        "by_commonest_answer",
+    )
+    assert {name for name in scores if not name.endswith(others)} == set(intervals)
+
+
 def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
     settings = of_oracle["settings"]
     assert (settings["split"], settings["num_samples"], settings["seed"]) == ("test", COUNT, 0)
@@ -143,6 +157,16 @@ def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
         other.run(["dance"])
     with pytest.raises(ValueError, match=r"Got num_samples 64; need more than 64"):
         ShapesBenchmark(Oracle(), 64)
+
+
+def test_settings_have_another_hash_when_the_solver_or_the_order_of_picture_and_text_differs() -> None:
+    def hash_with(order: int, lag: float) -> str:
+        pipe = Oracle()
+        pipe.scheduler = DPMSolverMultistepScheduler(solver_order=order)
+        pipe.model = SimpleNamespace(generation_config=SimpleNamespace(modality_lag=lag))
+        return ShapesBenchmark(pipe, COUNT).run(["text_only"])["settings"]["hash"]
+
+    assert len({hash_with(1, 1.0), hash_with(2, 1.0), hash_with(2, -1.0), hash_with(2, 1.0)}) == 3
 
 
 @pytest.mark.parametrize("is_wise", [True, False])
@@ -209,6 +233,11 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     found = reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT)
     assert [row["variant"] for row in found["rows"]] == list(variants)
     assert len({row["settings"]["hash"] for row in found["rows"]}) == 3  # the first two sample alike
+    assert [row["settings"]["solver"] for row in found["rows"][1:]] == [
+        "DPMSolverMultistepScheduler, order 2",
+        "DPMSolverMultistepScheduler, order 1",
+        "DDPMScheduler",
+    ]
     first, second, *others = (row["training"] for row in found["rows"])
     assert first["steps"] > 0
     assert second["changes"] == ["model.config.detach_latents=false"]
@@ -255,6 +284,18 @@ def test_experiments_are_named_in_the_help_and_unknown_ones_refused(recipe, tmp_
     assert all(name in said for name in EXPERIMENTS)
     assert main(["reproduce", "table9", "--recipe", str(recipe), "--output", str(tmp_path)]) == 2
     assert "Got the experiment 'table9'; need one of table3, sharing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf"])
+def test_no_time_to_train_in_is_refused(recipe, tmp_path, capsys, seconds: str) -> None:
+    from mdm_hf.cli import main
+
+    where = ["--recipe", str(recipe), "--output", str(tmp_path)]
+    assert main(["reproduce", "table3", *where, "--cpu-seconds", seconds]) == 2
+    assert "(--cpu-seconds) to train for; need a number above 0" in capsys.readouterr().err
+    assert main(["reproduce", "table3", *where, "--seed", "-1"]) == 2
+    assert "Got the seed -1 (--seed); need 0 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trained_model_is_refused_where_each_variant_has_to_be_trained(recipe, tmp_path) -> None:

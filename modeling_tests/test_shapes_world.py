@@ -128,6 +128,28 @@ def test_texts_are_read_by_meaning(said: str, holds: bool) -> None:
     assert agree(read_text(said), shapes) is holds
 
 
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [
+        ("two red circles", True),
+        ("2 red circles", True),
+        ("there are two red circles.", True),
+        *((f"{number} red circles", False) for number in ("no", "zero", "many", "some", "five", "1", "3", "12")),
+        ("no two red circles", False),
+        ("two red circles are not there", False),
+        ("there aren't two red circles", False),
+        ("a scene without two red circles", False),
+        ("a red circle or a red circle", False),
+        ("red circles", False),
+    ],
+)
+def test_what_a_text_denies_or_counts_otherwise_is_not_held_for_said(said: str, holds: bool) -> None:
+    red = Shape("circle", "red", "small", 0)
+    assert describes(read_text(said), (red, replace(red, place=3))) is holds
+    if not holds and not said.startswith(("1", "a")):
+        assert not describes(read_text(said), (red,))
+
+
 def test_a_caption_has_to_name_kinds_and_colours_where_a_prompt_need_not() -> None:
     shapes = (Shape("circle", "red", "large", 0),)
     assert agree(read_text("a circle"), shapes)

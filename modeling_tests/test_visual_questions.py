@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluated import evaluate, killed_and_resumed, same_result
+from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 
 from mdm_hf.evaluation.captioning import cider, plain_tokens, read_captions
@@ -149,6 +150,60 @@ def test_pictures_that_are_not_there_are_named(data, tmp_path, capsys):
     assert "Got no --images; vqav2 needs the folder of its pictures" in capsys.readouterr().err
 
 
+def test_a_picture_that_changed_is_asked_about_again(data, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(data / "images", images)
+    given = "vqav2", "--data", str(data / "vqav2"), "--images", str(images), "--limit", "1"
+    evaluate(tmp_path, *given)
+    kept = tmp_path / "work" / "vqav2.jsonl"
+    evaluate(tmp_path, *given)
+    assert len(kept.read_text().splitlines()) == 1
+    Image.new("RGB", (32, 32)).save(images / "COCO_val2014_000000000000.jpg")
+    evaluate(tmp_path, *given)
+    assert len(kept.read_text().splitlines()) == 2
+
+
+def test_a_picture_that_cannot_be_read_is_named(data, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(data / "images", images)
+    picture = images / "COCO_val2014_000000000000.jpg"
+    for content in (picture.read_bytes()[:400], b""):
+        picture.write_bytes(content)
+        evaluate(tmp_path, "vqav2", "--data", str(data / "vqav2"), "--images", str(images), status=2)
+        assert f"Got --images with {picture}, which is no whole picture" in capsys.readouterr().err
+
+
+QUESTION = {"image_id": 0, "question": "what?", "question_id": 1}
+ANSWERED = {"annotations": [{"question_id": 1, "answers": [{"answer": "a"}] * 10}]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "why"),
+    [
+        ({"questions": [QUESTION]}, ANSWERED, None),
+        ("{", ANSWERED, r"which is not whole JSON \(.*need the questions of vqav2 as they were published"),
+        ([1], ANSWERED, "which is built otherwise"),
+        ({}, ANSWERED, "no field 'questions'"),
+        ({"questions": []}, ANSWERED, "without a question"),
+        ({"questions": [{"question": "what?", "question_id": 1}]}, ANSWERED, "no field 'image_id'"),
+        ({"questions": [QUESTION | {"image_id": "one"}]}, ANSWERED, "picture 'one'; need a whole number"),
+        ({"questions": [QUESTION | {"question": None}]}, ANSWERED, "question 1 has the text None; need words"),
+        ({"questions": [QUESTION]}, "", r"annotations.json, which is not whole JSON"),
+        ({"questions": [QUESTION]}, {}, r"annotations.json, which is built otherwise \(no field 'annotations'"),
+        ({"questions": [QUESTION]}, {"annotations": [{"question_id": 1, "answers": []}]}, "question 1 has 0 answers"),
+    ],
+)
+def test_broken_files_of_questions_are_named_with_what_is_wrong(asked, answered, why, tmp_path):
+    for name, content in (("questions", asked), ("annotations", answered)):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / f"{name}.json").write_text(text)
+    if why is None:
+        assert len(read_questions("vqav2", tmp_path, tmp_path)) == 1
+    else:
+        with pytest.raises(ValueError, match=why):
+            read_questions("vqav2", tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "count"), [("coco-captions", 6), ("flickr30k-captions", 4)])
 def test_captions_are_scored_from_the_benchmarks_own_file_and_a_kill_loses_nothing(
     data, name, count, tmp_path, monkeypatch
@@ -195,3 +250,14 @@ def test_a_file_that_is_no_caption_file_is_refused(data, tmp_path):
         read_captions("coco-captions", None, data)
     with pytest.raises(ValueError, match="without a list of `images`"):
         read_captions("coco-captions", data / "val.json", data)
+    for content, why in (
+        ("[", "which is not whole JSON"),
+        ('{"images": [{"id": 0}], "annotations": [{"image_id": 0}]}', "no field 'caption'"),
+        ('{"images": [{"id": 0}], "annotations": [{"image_id": 0, "caption": "."}]}', "nobody said a word of"),
+        ('{"images": [{"filename": "a.jpg", "sentences": []}]}', "no field 'split'"),
+        ('{"images": [{"filename": "a.jpg", "sentences": [], "split": "test"}]}', "nobody said a word of a.jpg"),
+        ('{"images": [1]}', "which is built otherwise"),
+    ):
+        (tmp_path / "broken.json").write_text(content)
+        with pytest.raises(ValueError, match=why):
+            read_captions("coco-captions", tmp_path / "broken.json", data)

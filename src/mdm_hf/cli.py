@@ -352,9 +352,16 @@ def _cache_latents(options) -> None:
 
 
 def _evaluate(options) -> None:
+    from .checkpoints import write_whole
     from .evaluation.benchmarks import run_benchmark
     from .publishing.examples import checkpoint_hash
 
+    if options.output is not None:  # before hours of work, not after
+        if options.output.is_dir():
+            raise ValueError(f"Got --output {options.output}, which is a folder; need a file's name, such as a.json.")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    if min(options.seed) < 0:
+        raise ValueError(f"Got --seed {min(options.seed)}; need 0 or more.")
     result = run_benchmark(options.benchmark, options) | {"benchmark": options.benchmark}
     if Path(options.model).is_dir():
         result["weights"] = checkpoint_hash(Path(options.model))
@@ -366,8 +373,7 @@ def _evaluate(options) -> None:
         print(f"{name:45s} {value}{ends}")
     print(json.dumps(result["settings"]), f"{result['seconds']} s")
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(options.output, json.dumps(result, indent=2) + "\n")
 
 
 def _reproduce(options) -> None:

@@ -20,7 +20,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, bootstrap_interval, file_hash, result, sampling_of
+from .results import ResultCache, bootstrap_interval, file_hash, reading, result, sampling_of
 from .visual_questions import ask, coco_image
 
 
@@ -40,25 +40,40 @@ def read_captions(benchmark: str, data: Path | None, images: Path, split: str = 
             pictures of `split` are read.
 
     Raises:
-        ValueError: the file is not there, or neither of the two.
+        ValueError: the file is not there, cannot be read, or is neither of the two; a picture without captions.
     """
     if data is None or not data.is_file():
         raise ValueError(
             f"Got --data {data}, which is no file; {benchmark} needs captions_val2014.json, or Karpathy's "
             "dataset_flickr30k.json."
         )
-    content = json.loads(data.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"Got {data} without a list of `images`; need COCO's or Karpathy's file as it was published.")
-    if "annotations" in content:
-        said: dict[int, list[str]] = {}
-        for row in content["annotations"]:
-            said.setdefault(row["image_id"], []).append(row["caption"])
-        names = {row["id"]: row.get("file_name") for row in content["images"]}
-        return [
-            Captioned(images / names[i] if names.get(i) else coco_image(images, "val2014", i), tuple(captions))
-            for i, captions in said.items()
-        ]
+    with reading(data, "COCO's or Karpathy's file as it was published"):
+        content = json.loads(data.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+            raise ValueError(
+                f"Got {data} without a list of `images`; need COCO's or Karpathy's file as it was published."
+            )
+        items = _of_coco(content, images) if "annotations" in content else _of_karpathy(content, images, split)
+    if bare := [one for one in items if not any(plain_tokens(text) for text in one.captions)]:
+        raise ValueError(
+            f"Got {data}, where nobody said a word of {bare[0].image.name}; need captions of every picture; leave it "
+            "out."
+        )
+    return items
+
+
+def _of_coco(content: dict, images: Path) -> list[Captioned]:
+    said: dict[int, list[str]] = {}
+    for row in content["annotations"]:
+        said.setdefault(row["image_id"], []).append(row["caption"])
+    names = {row["id"]: row.get("file_name") for row in content["images"]}
+    return [
+        Captioned(images / names[i] if names.get(i) else coco_image(images, "val2014", i), tuple(captions))
+        for i, captions in said.items()
+    ]
+
+
+def _of_karpathy(content: dict, images: Path, split: str) -> list[Captioned]:
     return [
         Captioned(_place(images, row), tuple(one["raw"] for one in row["sentences"]))
         for row in content["images"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..pipeline_mdm import MDMPipeline
-from .results import batches, file_hash, model_id, result, sampling_of, settings_hash
+from .results import batches, file_hash, model_id, reading, result, sampling_of, settings_hash
 
 
 SAMPLES = 4  # of each prompt, as GenEval's paper has it
@@ -30,8 +30,11 @@ def read_prompts(data: Path | None) -> list[dict]:
     """
     if data is None or not data.is_file():
         raise ValueError(f"Got --data {data}, which is no file; geneval needs its prompts/evaluation_metadata.jsonl.")
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if bad := [i for i, row in enumerate(rows) if not isinstance(row, dict) or "prompt" not in row]:
+    with reading(data, "GenEval's own file, a JSON object a line"):
+        rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"Got --data {data} without a line; need GenEval's own file.")
+    if bad := [i for i, row in enumerate(rows) if not isinstance(row, dict) or not isinstance(row.get("prompt"), str)]:
         raise ValueError(f"Got {data} whose line {bad[0] + 1} has no `prompt`; need GenEval's own file.")
     return rows
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..pipeline_mdm import MDMPipeline
 from .results import batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .visual_questions import shown_picture
 
 
 # The first 16 digits of the SHA-256 of the file: the name its distances may bear.
@@ -49,15 +50,30 @@ class InceptionExtractor:
                 f"Got {path}, which torch.jit cannot load ({str(error).splitlines()[0]}); need a TorchScript file, "
                 "such as StyleGAN3's inception-2015-12-05.pt."
             ) from error
-        self.id, self.device = file_hash(path), device
+        self.id, self.device, self.path = file_hash(path), device, path
         self.is_inception = self.id in KNOWN_EXTRACTORS
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images (n, 3, h, w) -> features (n, d), class probabilities (n, c), both float64."""
+        """uint8 images (n, 3, h, w) -> features (n, d), class probabilities (n, c), both float64.
+
+        Raises:
+            ValueError: the network is not called like StyleGAN3's, or gives something else.
+        """
         images = images.to(self.device)
-        features = self.network(images, return_features=True)
-        classes = self.network(images, no_output_bias=True)
+        remedy = "need a network that is called like StyleGAN3's inception-2015-12-05.pt, and gives what it does"
+        try:
+            features = self.network(images, return_features=True)
+            classes = self.network(images, no_output_bias=True)
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise ValueError(f"Got --inception {self.path}, which cannot be called ({why}); {remedy}.") from error
+        for name, found in (("features", features), ("class probabilities", classes)):
+            if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
+                raise ValueError(
+                    f"Got --inception {self.path}, whose {name} of {len(images)} pictures have the shape "
+                    f"{tuple(found.shape)} or are not finite; {remedy}."
+                )
         return features.double().cpu().numpy(), classes.double().cpu().numpy()
 
 
@@ -121,22 +137,32 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws: int = 20) -> tuple[dict, dict]:
     """All four scores of (features, probabilities) of real and of made pictures, and 95% intervals over the made ones.
 
-    A distance's bootstrap is biased upwards, as drawing twice narrows a cloud: the interval is moved back by that."""
+    A distance's bootstrap is biased, as drawing twice narrows a cloud, and its draws are few: the interval is the
+    distance and, to both sides, the deviation of the draws times Student's quantile for so many. That of the Inception
+    Score is by its parts in the same way."""
     inside, covered = precision_and_recall(real[0], made[0])
     distance = frechet_distance(made[0], real[0])
     rng = np.random.default_rng(0)
     drawn = [frechet_distance(made[0][rng.integers(len(made[0]), size=len(made[0]))], real[0]) for _ in range(draws)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) - np.mean(drawn) + distance
+    of_distance = _student(draws) * float(np.std(drawn, ddof=1))
     score, spread = inception_score(made[1], splits)
+    parts = min(splits, len(made[1]))
+    of_score = _student(parts) * spread / max(parts - 1, 1) ** 0.5
     scores = {name: distance, "inception_score": score, "precision": inside.mean(), "recall": covered.mean()}
     scores = {one: float(value) for one, value in scores.items()}
     intervals = {
-        name: [float(low), float(high)],
-        "inception_score": [score - 1.96 * spread / splits**0.5, score + 1.96 * spread / splits**0.5],
+        name: [distance - of_distance, distance + of_distance],
+        "inception_score": [score - of_score, score + of_score],
         "precision": bootstrap_interval(inside),
         "recall": bootstrap_interval(covered),
     }
     return scores, intervals
+
+
+def _student(draws: int) -> float:
+    """The 97.5% quantile of Student's t with `draws` - 1 degrees of freedom, to 1% from 4 draws on."""
+    free = max(draws - 1, 1)
+    return 1.96 + 2.37 / free + 2.82 / free**2 + 2.6 / free**3
 
 
 def run(options) -> dict:
@@ -149,6 +175,12 @@ def run(options) -> dict:
     paths = pictures_in(options.images)
     prompts = None if options.data is None else options.data.read_text(encoding="utf-8").split("\n")
     prompts = prompts and [line.strip() for line in prompts if line.strip()]
+    if prompts == []:
+        raise ValueError(f"Got --data {options.data} without a prompt; need one a line; leave it out for the classes.")
+    if prompts is None and not pipe.model.config.num_classes:
+        raise ValueError(
+            f"Got no --data for {options.model}, which has no classes; need a text file, a prompt a line."
+        )
     count, sampling, seed = options.limit or 50_000, sampling_of(options, pipe), options.seed[0]
     settings = {"benchmark": "fid", "model": options.model, "seed": seed, "classes": pipe.model.config.num_classes}
     settings |= sampling | {"data": None if prompts is None else file_hash(options.data)}
@@ -168,7 +200,7 @@ def run(options) -> dict:
         size,
         "reading",
         options.work_dir / "fid" / settings_hash({"images": [[str(p), p.stat().st_mtime_ns] for p in paths]}),
-        lambda part: [Image.open(paths[i]) for i in part],
+        lambda part: [shown_picture(paths[i]) for i in part],
     )
     name = "fid" if extractor.is_inception else "frechet_distance_of_another_extractor"
     scores, intervals = score_features(real, made, name)

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 
 from ..choice_scores import score_conversations
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, batches, bootstrap_interval, model_id, result, sampling_of, settings_hash
+from .results import ResultCache, batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
 
 
 # Benchmark -> the folder that lm-eval has it in. Reading one takes a moment, reading all of them half a minute.
@@ -212,6 +212,11 @@ def write_local_tasks(index: dict, names: list[str], data: Path, folder: Path) -
     return found
 
 
+def data_hash(data: Path) -> str:
+    """A hash of the names and contents of a folder's files of JSON lines."""
+    return settings_hash({path.relative_to(data).as_posix(): file_hash(path) for path in data.rglob("*.jsonl")})
+
+
 def pooled(samples: dict[str, list[dict]]) -> dict[str, list[float]]:
     """Every metric's value of every question, those of all tasks together."""
     values: dict[str, list[float]] = {}
@@ -262,7 +267,7 @@ def run(options) -> dict:
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "tasks": {task: found["versions"].get(task) for task in names},
-        "data": None if options.data is None else str(options.data),
+        "data": None if options.data is None else data_hash(options.data),
         **of_draws,
         **sampling,
     }

@@ -11,6 +11,7 @@
 
 import copy
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -146,6 +147,10 @@ def reproduce(
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"Got the experiment {name!r}; need one of {', '.join(EXPERIMENTS)}.")
+    if not 0 < cpu_seconds < math.inf:
+        raise ValueError(f"Got {cpu_seconds} seconds (--cpu-seconds) to train for; need a number above 0.")
+    if seed < 0:
+        raise ValueError(f"Got the seed {seed} (--seed); need 0 or more.")
     experiment, output = EXPERIMENTS[name], Path(output)
     if model and any(variant.changes for variant in experiment.variants.values()):
         raise ValueError(

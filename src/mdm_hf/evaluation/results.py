@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from transformers.utils import logging
 
 
+CONFIGS = ("generation_config.json", "*processor_config.json", "token*.json", "*.jinja", "scheduler/*.json")
 SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature", "text_selection_tolerance")
 
 
@@ -32,12 +34,29 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def reading(path: Path, needed: str) -> Iterator[None]:
+    """A benchmark's file is read inside: what is wrong with it is said of the file, with what is `needed`.
+
+    Raises:
+        ValueError: the file is no JSON, not in UTF-8, or has not the fields that are looked for.
+    """
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Got --data {path}, which is not whole JSON ({error}); need {needed}.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        lack = f"no field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"Got --data {path}, which is built otherwise ({lack}); need {needed}.") from error
+
+
 def bootstrap_interval(
     values: Sequence | np.ndarray,
     statistic: Callable[[np.ndarray], float] = np.mean,
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    is_biased: bool = False,
 ) -> list[float]:
     """Percentile bootstrap of `statistic` over the rows of `values` (n, ...): [low, high].
 
@@ -47,6 +66,8 @@ def bootstrap_interval(
         draws: How often the rows are drawn anew.
         level: Share of the draws between the two ends.
         seed: Of the draws.
+        is_biased: Moves the interval back by what the draws' mean is off `statistic` of all rows: drawing twice makes
+            a set less diverse than it is.
 
     Raises:
         ValueError: no values.
@@ -57,17 +78,19 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     drawn = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    if is_biased:
+        low, high = (end - np.mean(drawn) + statistic(rows) for end in (low, high))
     return [float(low), float(high)]
 
 
 def model_id(model: str) -> str:
-    """What tells two states of one path apart: its configuration, and size and time of its weights' files; of a Hub
-    repository its name."""
+    """What tells two states of one path apart: its configuration, with those of tokenizer, processor and solver, and
+    size and time of its weights' files; of a Hub repository its name."""
     folder = Path(model)
     if not folder.is_dir():
         return model
-    config = folder / "config.json"
-    parts: list[Any] = [config.read_text(encoding="utf-8") if config.is_file() else ""]
+    configs = [folder / "config.json", *sorted(path for name in CONFIGS for path in folder.glob(name))]
+    parts: list[Any] = [path.read_text(encoding="utf-8") if path.is_file() else "" for path in configs]
     parts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))]
     return settings_hash({"parts": parts})
 

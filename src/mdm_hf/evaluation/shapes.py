@@ -15,6 +15,7 @@ Anything called like an MDMPipeline can be scored; what has no `score` has no li
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,10 @@ class ShapesBenchmark:
         for task in tasks:
             getattr(self, task)()
         defaults = getattr(getattr(self.pipe, "model", None), "generation_config", None)
-        names = ("num_inference_steps", *SAMPLING)
+        names = ("num_inference_steps", *SAMPLING, "modality_lag")
         settings = {"benchmark": "shapes", "split": self.split, "tasks": list(tasks), "num_samples": self.num_samples}
         settings |= {name: getattr(defaults, name, None) for name in names} | self.sampling | {"seed": self.seed}
+        settings["solver"] = _solver(getattr(self.pipe, "scheduler", None))
         return result(self.scores, self.intervals, settings, started, num_samples=self.num_samples)
 
     def class_to_image(self) -> None:
@@ -95,7 +97,7 @@ class ShapesBenchmark:
             "shapes_classifier_score_of_real_images": inception_score(real_classes, splits=1)[0],
         }
         self.intervals["shapes_classifier_score"] = bootstrap_interval(
-            classes, lambda p: inception_score(p, 1)[0], 200
+            classes, lambda p: inception_score(p, 1)[0], 200, is_biased=True
         )
         self._share("shapes_precision", inside)
         self._share("shapes_recall", covered)
@@ -189,7 +191,7 @@ class ShapesBenchmark:
         right = [describes(read_text(t), s) for t, s in zip(written, read, strict=True)]
         self._share("image_and_text", right)
         self._show("image_and_text", images, written, right)
-        self.scores["image_and_text_pictures_read"] = float(np.mean([shapes is not None for shapes in read]))
+        self._share("image_and_text_pictures_read", [shapes is not None for shapes in read])
 
     def _scenes(self, wanted: Callable = lambda scene: True, number: int | None = None) -> Iterator[tuple]:
         """The scenes of the split that are wanted, from a place that the seed says, with a generator each."""
@@ -211,6 +213,14 @@ class ShapesBenchmark:
 
     def _show(self, name: str, images: Sequence, texts: Sequence[str], right: Sequence[bool]) -> None:
         self.examples[name] = list(zip(images, texts, right, strict=True))[:16]
+
+
+def _solver(scheduler: Any) -> str | None:
+    """The name of a solver of diffusers, and its order where it has a choice."""
+    if scheduler is None:
+        return None
+    has_order = "solver_order" in signature(type(scheduler)).parameters
+    return type(scheduler).__name__ + (f", order {scheduler.config.solver_order}" if has_order else "")
 
 
 def examples_sheet(examples: dict[str, list[tuple[Image.Image | None, str, bool]]], columns: int = 8) -> Image.Image:

@@ -109,19 +109,28 @@ def _colours(quarters: np.ndarray, chroma: np.ndarray) -> list[str]:
 
 _COLOURS, _SIZES = frozenset(COLOURS), frozenset(RADII)
 _KINDS = {name: kind for kind in KINDS for name in (kind, plural(kind))}
-_NUMBERS = {"a": 1, "an": 1} | {word: n for n, word in enumerate(NUMBERS) if n}
+_NUMBERS = {"a": 1, "an": 1} | {name: n for n, word in enumerate(NUMBERS) if n for name in (word, str(n))}
+# What they say of a shape, that there is none, perhaps, or an unclear number of it, no scene can be held against.
+_DENIALS = ("no", "not", "t", "non", "none", "nothing", "neither", "nor", "never", "without", "or")
+_OTHER_NUMBERS = ("zero", "any", "some", "many", "several", "few", "five", "six", "seven", "eight", "nine", "ten")
+_UNREAD = frozenset(_DENIALS + _OTHER_NUMBERS)
 
 
 def read_text(text: str) -> Meaning | None:
-    """What `text`, a description or a prompt, says; None where a shape is named by halves, or nothing is named."""
+    """What `text`, a description or a prompt, says; None where a shape is named by halves, denied, or one of a number
+    that is not said or beyond four, or nothing is named."""
     mentions: list[Mention] = []
     said: dict = {}
     relation = None
-    words = re.findall(r"[a-z]+", text.lower())
+    words = re.findall(r"[a-z]+|\d+", text.lower())
     i = 0
     while i < len(words):
         two = " ".join(words[i : i + 2])
+        if words[i] in _UNREAD or (words[i].isdigit() and words[i] not in _NUMBERS):
+            return None
         if words[i] in _KINDS:
+            if words[i] not in KINDS and "number" not in said:
+                return None
             mentions.append(Mention(_KINDS[words[i]], **said))
             said = {}
         elif words[i] in _COLOURS or words[i] in _SIZES:

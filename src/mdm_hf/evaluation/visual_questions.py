@@ -17,7 +17,17 @@ import numpy as np
 from PIL import Image
 
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .results import (
+    ResultCache,
+    batches,
+    bootstrap_interval,
+    file_hash,
+    model_id,
+    reading,
+    result,
+    sampling_of,
+    settings_hash,
+)
 
 
 NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -90,22 +100,47 @@ def read_questions(benchmark: str, data: Path, images: Path) -> list[Question]:
         images: Folder of the pictures, COCO_val2014_000000000042.jpg or 000000000042.jpg; VizWiz's by their names.
 
     Raises:
-        ValueError: files that are not there or do not belong together.
+        ValueError: files that are not there, cannot be read or do not belong together; a question without words or
+            answers.
     """
-    if benchmark == "vizwiz":
-        return [
-            Question(
-                id=row["image"],
-                image=images / row["image"],
-                text=row["question"],
-                answers=tuple(one["answer"] for one in row.get("answers", ())),
-                kind=row.get("answer_type", "other"),
-            )
-            for row in json.loads(questions_file(benchmark, data).read_text(encoding="utf-8"))
-        ]
-    asked = json.loads(questions_file(benchmark, data).read_text(encoding="utf-8"))
-    answered = json.loads(_only(data, "*annotations.json").read_text(encoding="utf-8"))
-    of_question = {row["question_id"]: row for row in answered["annotations"]}
+    file = questions_file(benchmark, data)
+    with reading(file, f"the questions of {benchmark} as they were published"):
+        questions = _vizwiz(file, images) if benchmark == "vizwiz" else _of_coco(file, data, images)
+    if bad := [one for one in questions if not isinstance(one.text, str) or not one.text.strip()]:
+        raise ValueError(
+            f"Got {file} whose question {bad[0].id!r} has the text {bad[0].text!r}; need words; leave it out."
+        )
+    if bad := [one for one in questions if len(one.answers) < 2]:
+        raise ValueError(
+            f"Got {file} whose question {bad[0].id!r} has {len(bad[0].answers)} answers; need two or more to leave "
+            "one out; use a split with answers."
+        )
+    if not questions:
+        raise ValueError(f"Got {file} without a question; need the questions of {benchmark} as they were published.")
+    return questions
+
+
+def _vizwiz(file: Path, images: Path) -> list[Question]:
+    return [
+        Question(
+            id=row["image"],
+            image=images / row["image"],
+            text=row["question"],
+            answers=tuple(one["answer"] for one in row.get("answers", ())),
+            kind=row.get("answer_type", "other"),
+        )
+        for row in json.loads(file.read_text(encoding="utf-8"))
+    ]
+
+
+def _of_coco(file: Path, data: Path, images: Path) -> list[Question]:
+    asked = json.loads(file.read_text(encoding="utf-8"))
+    annotations = _only(data, "*annotations.json")
+    with reading(annotations, "the annotations of the same split as they were published"):
+        of_question = {
+            row["question_id"]: (tuple(one["answer"] for one in row["answers"]), row.get("answer_type", "other"))
+            for row in json.loads(annotations.read_text(encoding="utf-8"))["annotations"]
+        }
     subtype = asked.get("data_subtype", "val2014")
     questions = []
     for row in asked["questions"]:
@@ -113,21 +148,22 @@ def read_questions(benchmark: str, data: Path, images: Path) -> list[Question]:
             raise ValueError(
                 f"Got question {row['question_id']} without annotation in {data}; need both files of one split."
             )
-        humans = of_question[row["question_id"]]
+        answers, kind = of_question[row["question_id"]]
+        image = coco_image(images, subtype, row["image_id"])
         questions.append(
-            Question(
-                id=row["question_id"],
-                image=coco_image(images, subtype, row["image_id"]),
-                text=row["question"],
-                answers=tuple(one["answer"] for one in humans["answers"]),
-                kind=humans.get("answer_type", "other"),
-            )
+            Question(id=row["question_id"], image=image, text=row["question"], answers=answers, kind=kind)
         )
     return questions
 
 
 def coco_image(folder: Path, subtype: str, image_id: int) -> Path:
-    """COCO's name of a picture in 2014, or if there is none in 2017."""
+    """COCO's name of a picture in 2014, or if there is none in 2017.
+
+    Raises:
+        ValueError: the number of the picture is none.
+    """
+    if not isinstance(image_id, int):
+        raise ValueError(f"Got --data with picture {image_id!r}; need a whole number, COCO's image_id.")
     old = folder / f"COCO_{subtype}_{image_id:012d}.jpg"
     return old if old.is_file() else folder / f"{image_id:012d}.jpg"
 
@@ -149,11 +185,26 @@ def _only(data: Path | None, pattern: str) -> Path:
     return found[0]
 
 
+def shown_picture(path: Path) -> Image.Image:
+    """A picture of `--images`, whole.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # the latter is how Pillow reports a broken PNG
+        raise ValueError(
+            f"Got --images with {path}, which is no whole picture ({error}); need all of the split; extract it again."
+        ) from error
+
+
 def ask(pipe: MDMPipeline, pictures: Sequence[Path], texts: Sequence[str | None], cache: ResultCache, options) -> list:
     """What the model says to each picture and text, a batch at a time; what `cache` has is not asked again.
 
     Raises:
-        ValueError: a picture that is not there.
+        ValueError: a picture that is not there or cannot be read.
     """
     if missing := [path for path in pictures if not path.is_file()]:
         raise ValueError(
@@ -162,10 +213,11 @@ def ask(pipe: MDMPipeline, pictures: Sequence[Path], texts: Sequence[str | None]
         )
     sampling, seed, size = sampling_of(options, pipe), options.seed[0], options.batch_size
     told = settings_hash({"model": model_id(options.model), "seed": seed, "size": size, **sampling})
-    keys = [f"{told} {i} {path.name} {text}" for i, (path, text) in enumerate(zip(pictures, texts, strict=True))]
+    states = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in pictures]
+    keys = [f"{told} {i} {state} {text}" for i, (state, text) in enumerate(zip(states, texts, strict=True))]
     pipe.set_progress_bar_config(disable=True)
     for part in batches(len(keys), size, "asking", lambda part: all(keys[i] in cache for i in part)):
-        shown = [Image.open(pictures[i]).convert("RGB") for i in part]
+        shown = [shown_picture(pictures[i]) for i in part]
         said = None if texts[part[0]] is None else [texts[i] for i in part]
         found = pipe(images=shown, text=said, generate="text", seed=seed + part[0], batch_size=len(part), **sampling)
         cache.put({keys[i]: " ".join(one["text"]) for i, one in zip(part, found, strict=True)})
