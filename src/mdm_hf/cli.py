@@ -352,7 +352,6 @@ def _cache_latents(options) -> None:
 
 
 def _evaluate(options) -> None:
-    from .checkpoints import write_whole
     from .evaluation.benchmarks import run_benchmark
     from .publishing.examples import checkpoint_hash
 
@@ -373,7 +372,7 @@ def _evaluate(options) -> None:
         print(f"{name:45s} {value}{ends}")
     print(json.dumps(result["settings"]), f"{result['seconds']} s")
     if options.output is not None:
-        write_whole(options.output, json.dumps(result, indent=2) + "\n")
+        options.output.write_text(json.dumps(result, indent=2) + "\n")  # in place: it may be /dev/stdout
 
 
 def _reproduce(options) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import t
 from torch import Tensor
 
 from ..pipeline_mdm import MDMPipeline
@@ -144,10 +145,10 @@ def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws:
     distance = frechet_distance(made[0], real[0])
     rng = np.random.default_rng(0)
     drawn = [frechet_distance(made[0][rng.integers(len(made[0]), size=len(made[0]))], real[0]) for _ in range(draws)]
-    of_distance = _student(draws) * float(np.std(drawn, ddof=1))
+    of_distance = t.ppf(0.975, draws - 1) * float(np.std(drawn, ddof=1))
     score, spread = inception_score(made[1], splits)
     parts = min(splits, len(made[1]))
-    of_score = _student(parts) * spread / max(parts - 1, 1) ** 0.5
+    of_score = t.ppf(0.975, max(parts - 1, 1)) * spread / max(parts - 1, 1) ** 0.5
     scores = {name: distance, "inception_score": score, "precision": inside.mean(), "recall": covered.mean()}
     scores = {one: float(value) for one, value in scores.items()}
     intervals = {
@@ -157,12 +158,6 @@ def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws:
         "recall": bootstrap_interval(covered),
     }
     return scores, intervals
-
-
-def _student(draws: int) -> float:
-    """The 97.5% quantile of Student's t with `draws` - 1 degrees of freedom, to 1% from 4 draws on."""
-    free = max(draws - 1, 1)
-    return 1.96 + 2.37 / free + 2.82 / free**2 + 2.6 / free**3
 
 
 def run(options) -> dict:

@@ -12,9 +12,10 @@
 Anything called like an MDMPipeline can be scored; what has no `score` has no likeliest answer.
 """
 
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -75,7 +76,7 @@ class ShapesBenchmark:
         return result(self.scores, self.intervals, settings, started, num_samples=self.num_samples)
 
     def class_to_image(self) -> None:
-        """Pictures of the 24 classes in turn; the real ones are scenes of one class of this split."""
+        """Pictures of the 24 classes in turn; the real ones are scenes of this split as they are with one class."""
         labels = np.arange(self.num_samples) % len(CLASSES)
         images = [r["images"][0] for r in self._sample("class_to_image", class_ids=labels.tolist(), generate="image")]
         read = read_pictures(images)
@@ -85,7 +86,7 @@ class ShapesBenchmark:
         ]
         self._share("class_to_image", fits)
         self._show("class_to_image", images, [CLASSES[label] for label in labels], fits)
-        real = [render(s) for s, _ in self._scenes(lambda scene: scene.class_id is not None, 1000)]
+        real = [render(scene) for scene, _ in self._scenes(1000, likeness=0.0)]
         training = [render(scene_of("classes", i)[0]) for i in range(self.num_samples)]
         classifier = ShapesClassifier.from_pretrained()
         (of_real, real_classes), (of_made, classes), (floor, _) = map(classifier.of_pictures, (real, images, training))
@@ -125,7 +126,7 @@ class ShapesBenchmark:
 
     def image_to_text(self) -> None:
         """Captions of pictures: the share that is right, their parts, and CIDEr."""
-        scenes = [next_one for next_one, _ in self._scenes(number=self.num_samples)]
+        scenes = [next_one for next_one, _ in self._scenes(self.num_samples)]
         images = [render(scene) for scene in scenes]
         written = [r["text"][0] for r in self._sample("image_to_text", images=images, generate="text")]
         right = [describes(read_text(t), scene.shapes) for t, scene in zip(written, scenes, strict=True)]
@@ -143,7 +144,7 @@ class ShapesBenchmark:
         """One question of a scene, the sorts in turn. Beside it what the commonest answer to each sort would get."""
         asked: list[tuple[str, str, str, Image.Image]] = []
         count: dict[str, int] = defaultdict(int)
-        for scene, rng in self._scenes(number=self.num_samples):
+        for scene, rng in self._scenes(self.num_samples):
             possible = questions(scene, rng)
             sort = min(possible, key=lambda name: (count[name], name))
             count[sort] += 1
@@ -184,24 +185,27 @@ class ShapesBenchmark:
             self._share("text_only", best)
 
     def image_and_text(self) -> None:
-        """Pictures and captions made of nothing: whether they agree."""
+        """Pictures and captions made of nothing: whether they agree; and whether they do, and no pair before had the
+        same shapes in the same places."""
         made = self._sample("image_and_text", text=[None] * self.num_samples, generate=("image", "text"))
         images, written = [r["images"][0] for r in made], [r["text"][0] for r in made]
         read = read_pictures(images)
         right = [describes(read_text(t), s) for t, s in zip(written, read, strict=True)]
         self._share("image_and_text", right)
+        layouts = [
+            frozenset((s.kind, s.colour, s.place) for s in shapes) if agrees and shapes else None
+            for shapes, agrees in zip(read, right, strict=True)
+        ]
+        self._share(
+            "image_and_text_distinct", [one is not None and one not in layouts[:i] for i, one in enumerate(layouts)]
+        )
         self._show("image_and_text", images, written, right)
         self._share("image_and_text_pictures_read", [shapes is not None for shapes in read])
 
-    def _scenes(self, wanted: Callable = lambda scene: True, number: int | None = None) -> Iterator[tuple]:
-        """The scenes of the split that are wanted, from a place that the seed says, with a generator each."""
-        found, i = 0, 1_000_000 * self.seed
-        while number is None or found < number:
-            scene, rng = scene_of(self.split, i)
-            i += 1
-            if wanted(scene):
-                found += 1
-                yield scene, rng
+    def _scenes(self, number: int | None = None, likeness: float | None = None) -> Iterator[tuple]:
+        """Scenes of the split, from a place that the seed says, with a generator each."""
+        for i in itertools.islice(itertools.count(1_000_000 * self.seed), number):
+            yield scene_of(self.split, i, likeness)
 
     def _sample(self, task: str, **conditions: Any) -> list[dict]:
         seed = (self.seed * len(TASKS) + TASKS.index(task)) * 1_000_000

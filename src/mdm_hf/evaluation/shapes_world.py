@@ -103,12 +103,13 @@ def draw_scene(rng: np.random.Generator, likeness: float | None = None) -> Scene
     return Scene(shapes, str(rng.choice(GROUNDS)), level, contrast, int(rng.integers(0, 4)))
 
 
-def scene_of(split: str, index: int) -> tuple[Scene, np.random.Generator]:
-    """Scene `index` of a split, and the generator from which to draw what is said of it."""
+def scene_of(split: str, index: int, likeness: float | None = None) -> tuple[Scene, np.random.Generator]:
+    """Scene `index` of a split, and the generator from which to draw what is said of it; `likeness` as in
+    `draw_scene`, 0 where all are to have a class."""
     if split not in SPLITS:
         raise ValueError(f"Got split {split!r}; need one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng((SPLITS[split], index))
-    return draw_scene(rng, 0.0 if split == "classes" else None), rng
+    return draw_scene(rng, 0.0 if split == "classes" else likeness), rng
 
 
 def render(scene: Scene) -> Image.Image:
