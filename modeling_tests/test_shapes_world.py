@@ -268,3 +268,5 @@ def test_the_data_set_is_written_whole_and_read_by_its_adapter(tmp_path) -> None
     assert read_pictures([shown])[0] == unshifted(scene_of("test", 0)[0].shapes)
     with pytest.raises(ValueError, match="which is not empty; need a new folder, or remove it first"):
         write_dataset(folder, {"train": 1})
+    with pytest.raises(ValueError, match="which is a file; need a new folder, or remove it first"):
+        write_dataset(next(folder.glob("**/*.parquet")), {"train": 1})

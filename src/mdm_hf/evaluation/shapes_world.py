@@ -305,8 +305,9 @@ def write_dataset(folder: str | Path, sizes: dict[str, int]) -> Path:
         ValueError: `folder` holds something already.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"Got {str(folder)!r}, which is not empty; need a new folder, or remove it first.")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        what = "a file" if folder.is_file() else "not empty"
+        raise ValueError(f"Got {str(folder)!r}, which is {what}; need a new folder, or remove it first.")
     text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
     features = datasets.Features(
         {
