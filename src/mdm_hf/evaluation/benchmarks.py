@@ -7,10 +7,7 @@ with their `hash`, `seconds`, and, where it has them, `intervals` ({name: [low, 
 from dataclasses import dataclass
 from importlib import import_module
 
-from .results import SAMPLING
 
-
-OF_ALL = ("model", "benchmark", "seed", "steps", *SAMPLING, "output")  # options of the command line
 OF_FILES = ("data", "limit", "batch_size", "work_dir")
 OF_PICTURES = ("images", *OF_FILES)
 OF_LM_EVAL = ("num_draws", "num_fewshot", *OF_FILES)
@@ -60,8 +57,6 @@ BENCHMARKS = {
     "hendrycks_math": Benchmark("lm_eval_adapter:run", "MATH: competition problems", OF_LM_EVAL),
     "mmlu": Benchmark("lm_eval_adapter:run", "57 subjects", OF_LM_EVAL),
 }
-
-
 OPTIONS = {option for benchmark in BENCHMARKS.values() for option in benchmark.options}
 
 
