@@ -5,7 +5,20 @@ import math
 import pytest
 import torch
 from gradients import assert_near, gradients
-from tiny import CANVAS, KINDS, TIME_IMAGE, TIME_TEXT, batch, fixed_noise, tiny_config, tiny_model
+from tiny import (
+    CANVAS,
+    GRID,
+    IMAGE,
+    IMAGE_TARGET,
+    KINDS,
+    LATENT,
+    TIME_IMAGE,
+    TIME_TEXT,
+    batch,
+    fixed_noise,
+    tiny_config,
+    tiny_model,
+)
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
@@ -118,6 +131,27 @@ def test_from_the_second_block_on_what_is_told_depends_on_the_words():
         told.append([cache.condition for cache in state.unseen])
     assert torch.equal(told[0][0], told[1][0])
     assert all((one - other).abs().max() > 1e-4 for one, other in zip(told[0][1:], told[1][1:], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patch_is_told_its_row_and_column_in_waves_of_each_period_and_nothing_else_is(kind):
+    periods = [2, 3, 5]
+    model = tiny_model(position_periods=periods).double().model
+    embeddings, inputs = model.embeddings, batch([kind])
+    layout = model.layout(inputs["input_ids"], inputs.get("image_grid_hw"), None, inputs["target_mask"])
+    told = (torch.zeros(*inputs["input_ids"].shape, LATENT).double(), layout, torch.zeros(1, 2), inputs["class_ids"])
+    got = embeddings(*told)
+    weight = embeddings.period_projection.weight.detach().clone()
+    embeddings.period_projection.weight.data.zero_()
+    added = got - embeddings(*told)
+    patches = [i for i, token in enumerate(inputs["input_ids"][0].tolist()) if token in (IMAGE, IMAGE_TARGET)]
+    expected = torch.zeros_like(added[0])
+    for place, i in enumerate(patches):
+        turns = [[2 * math.pi * at / period for period in periods] for at in divmod(place, GRID[1])]
+        waves = [f(angle) for angles in turns for f in (math.sin, math.cos) for angle in angles]
+        expected[i] = weight @ torch.tensor(waves, dtype=torch.float64)
+    torch.testing.assert_close(added[0], expected, atol=1e-5, rtol=1e-5)  # the waves are in fp32
+    assert bool(patches) == bool(added.any())
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -600,6 +634,7 @@ def test_labels_of_another_shape_are_refused():
         ({"image_loss_weight": -1.0}, "`image_loss_weight` is -1.0; a loss weight must be 0 or more"),
         ({"pinned_timestep_probability": 2}, "it must lie in [0, 1]"),
         ({"conv_kernel": 1}, "at least 2 taps"),
+        ({"position_periods": [4, 1]}, "`position_periods` is [4, 1]; each must be 2 patches or more"),
     ],
     ids=lambda v: "" if isinstance(v, str) else "-".join(v),
 )

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
-from mdm_hf.training.assembly import make_mix, make_processor
+from mdm_hf.training.assembly import make_mix, make_model, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.stages import run_recipe
@@ -232,6 +232,21 @@ def test_a_recipe_has_the_processor_of_a_folder_with_what_it_says_otherwise():
     as_it_is = make_processor(spec | {"processor": spec["processor"]["from"]})
     assert processor.tokenizer.get_vocab() == as_it_is.tokenizer.get_vocab()
     assert as_it_is(images=pictures, generate="text", return_tensors="pt")["image_grid_hw"].tolist() == [[4, 4]] * 3
+
+
+def test_what_a_recipe_adds_to_a_trained_model_changes_nothing_at_first(pictures, run):
+    added = {"condition_broadcast": True, "position_periods": [2, 4]}
+    spec = recipe(pictures, run, f"model={{from: {run / 'final'}, config: {json.dumps(added)}}}")
+    made, before = make_model(spec, make_processor(spec), run / "final"), MDMPipeline.from_pretrained(run / "final")
+    assert {name: getattr(made.config, name) for name in added} == added
+    prompt = before.processor(text="a picture of noise", generate="image", return_tensors="pt")
+    a, b = (
+        model.eval().generate(**prompt, generator=torch.Generator().manual_seed(0)).images[0][0]
+        for model in (made, before.model.cpu())
+    )
+    assert torch.equal(a, b)
+    fresh = make_model(recipe(pictures, run, f"model.config={json.dumps(added)}"), before.processor, None)
+    assert all(weight.any() for name, weight in fresh.named_parameters() if "period" in name or "broadcast" in name)
 
 
 def test_a_text_that_the_processor_refuses_is_a_bad_row(pictures, run, tmp_path):

@@ -18,6 +18,7 @@ def tiny_config(**overrides) -> MDMConfig:
         "state_size": 8,
         "head_dim": 16,
         "condition_broadcast": True,
+        "position_periods": [2, 4],
         "num_classes": 10,
         "vae_config": {
             "vocab_size": VOCAB,

@@ -10,6 +10,7 @@ Symbols
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def sinusoid(position: Tensor, size: int, max_period: float = 10000.0) -> Tensor
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, size % 2))
 
 
+def waves(position: Tensor, periods: Sequence[int]) -> Tensor:
+    """Sines and cosines of `position` that return after each of `periods`: (..., 2 len(periods))."""
+    lengths = torch.tensor(periods, device=position.device, dtype=torch.float32)
+    angle = 2 * math.pi * (position.unsqueeze(-1) % lengths) / lengths
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
 class MDMEmbeddings(nn.Module):
     """Latents, control tokens, class, noise level and place of each position -> h (paper Sec. 4.1, Fig. 2d-e)."""
 
@@ -75,6 +83,8 @@ class MDMEmbeddings(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes + 1, size)  # the last one is "none"
         self.modality_embedding = nn.Embedding(2, size)  # text, image
         self.position_projection = nn.Linear(size, size, bias=False)
+        if config.position_periods:
+            self.period_projection = nn.Linear(4 * len(config.position_periods), size, bias=False)
         self.time_embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, latents: Tensor, layout: SequenceLayout, timesteps: Tensor, class_ids: Tensor | None) -> Tensor:
@@ -90,6 +100,9 @@ class MDMEmbeddings(nn.Module):
         size = config.hidden_size
         place = torch.cat([sinusoid(layout.row, size - size // 2), sinusoid(layout.column, size // 2)], dim=-1)
         h = h + self.position_projection(place.to(dtype)) + self.modality_embedding(layout.is_image.long())
+        if periods := config.position_periods:
+            place = torch.cat([waves(layout.row, periods), waves(layout.column, periods)], dim=-1)
+            h = h + self.period_projection(place.to(dtype)) * layout.is_patch.unsqueeze(-1)
         levels = F.pad(timesteps.float(), (1, 0)) * config.num_train_timesteps  # 0 clean, 1 image, 2 text
         time = self.time_embedding(sinusoid(levels, size).to(dtype))
         h = h + time.gather(1, layout.level.unsqueeze(-1).expand(-1, -1, size))

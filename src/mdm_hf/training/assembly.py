@@ -38,6 +38,7 @@ IMAGE_SIZE = (32, 32)
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 LOAD_OPTIONS = ("cache_dir", "data_dir", "field", "num_proc", "token", "verification_mode")  # of `load_dataset`
 DIGITS = "digits"  # the path of scikit-learn's, which are no file
+ADDED = ("broadcast.projection.weight", "period_projection.weight")  # to hidden states that do without
 
 
 def make_processor(recipe: dict) -> MDMProcessor:
@@ -99,7 +100,9 @@ def _texts(recipe: dict) -> Iterator[str]:
 def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | None) -> MDMForMultiModalGeneration:
     """The model of `previous`, or a new one whose vocabulary and patches are the processor's.
 
-    A modality gate is left behind: it reads states that will be others once the blocks are trained.
+    A modality gate is left behind: it reads states that will be others once the blocks are trained. What the recipe's
+    `model.config` adds to a trained model, the projections of `condition_broadcast` and `position_periods`, is zero at
+    first: it starts as the model that it was.
     """
     changes = copy.deepcopy(recipe["model"].get("config") or {})
     if previous is not None:
@@ -107,7 +110,13 @@ def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | Non
             changes["modality_gate"] = False
             if "gate" not in recipe["stages"]:
                 logger.warning(f"The modality gate of {previous} is left behind: a stage `gate` fits one anew.")
-        return MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, **changes)
+        model, found = MDMForMultiModalGeneration.from_pretrained(
+            previous, dtype=torch.float32, output_loading_info=True, **changes
+        )
+        for name in found["missing_keys"]:
+            if name.endswith(ADDED):
+                torch.nn.init.zeros_(model.get_parameter(name))
+        return model
     model = MDMForMultiModalGeneration(make_config(recipe, processor))
     if "vae_from" in recipe["model"]:
         trained = MDMForMultiModalGeneration.from_pretrained(recipe["model"]["vae_from"], dtype=torch.float32)
