@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +11,10 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import KINDS, batch, generators, tiny_model
+from tiny import CARD, KINDS, batch, generators, tiny_model, tiny_pipeline
 from transformers import TextIteratorStreamer, TextStreamer
 
-from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf import MDMPipeline, MDMProcessor
 from mdm_hf.conversation_state import MDMConversationState
 from mdm_hf.sequence_layout import image_of_each_row, plan_scans, positions
 from mdm_hf.training.assembly import text_splitter
@@ -23,17 +22,9 @@ from mdm_hf.training.blocks import split_text
 from mdm_hf.training.records import Record, conversation_of, text_part
 
 
-CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
-
-
 @pytest.fixture(scope="module")
 def pipe() -> MDMPipeline:
-    torch.manual_seed(0)
-    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
-    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
-    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu", num_inference_steps=3)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(num_inference_steps=3)
 
 
 def picture(seed: int = 0) -> Image.Image:

@@ -1,13 +1,12 @@
 """Claims about targets that are known in part: masks, gaps, strength, and what is frozen while it is denoised."""
 
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import LATENT, batch, generators, tiny_model
+from tiny import LATENT, batch, generators, tiny_model, tiny_pipeline
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMImageProcessorPil, MDMPipeline, MDMProcessor
 from mdm_hf.denoiser import Denoiser
@@ -17,19 +16,13 @@ from mdm_hf.training.gaps import drawn_box, drawn_span, scattered_cells, scatter
 from mdm_hf.training.trainer import ConversationCollator
 
 
-CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
 CANVAS = 8
 UPPER = np.repeat([True, False], [4, 4])[:, None].repeat(8, 1)  # of 8x8 pixels
 
 
 @pytest.fixture(scope="module")
 def pipe() -> MDMPipeline:
-    torch.manual_seed(0)
-    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
-    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
-    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu", num_inference_steps=3)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(num_inference_steps=3)
 
 
 @pytest.fixture(scope="module")

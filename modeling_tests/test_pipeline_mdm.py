@@ -5,7 +5,6 @@ import json
 import logging
 import threading
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny import tiny_pipeline
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
@@ -20,17 +20,9 @@ from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProces
 from mdm_hf.pipeline_mdm import TASK
 
 
-CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
-
-
 @pytest.fixture(scope="module")
 def pipe():
-    torch.manual_seed(0)
-    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
-    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
-    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline()
 
 
 def digit(value: int = 128) -> Image.Image:

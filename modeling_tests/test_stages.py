@@ -397,9 +397,9 @@ def test_the_shipped_recipes_can_be_dry_run_without_their_data(tmp_path, monkeyp
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["one-task-a-batch", "mixed"])
 def test_a_batch_is_of_one_task_or_with_mixed_batches_each_row_of_its_own(is_mixed):
-    changes = [f"processor={ROOT / 'model_cards/mdm-digits'}", f"stages.diffusion.mixed_batches={is_mixed}"]
+    changes = [f"processor={ROOT / 'model_cards/mdm-digits'}", f"stages.instruct.mixed_batches={is_mixed}"]
     spec = load_recipe(ROOT / "recipes" / "digits_mosaics.yaml", changes)
-    mix = make_mix(spec, "diffusion", 8 * 64, 64, make_processor(spec))
+    mix = make_mix(spec, "instruct", 8 * 64, 64, make_processor(spec))
     tasks = [{mix.task_of(i) for i in range(first, first + 64)} for first in range(0, 8 * 64, 64)]
     assert min(map(len, tasks)) >= 3 if is_mixed else max(map(len, tasks)) == 1
     rows = ConversationCollator(make_processor(spec))([mix[i] for i in range(64)])

@@ -1,11 +1,14 @@
 """A tiny model and hand-made sequences for the tests; token ids as MDMConfig's defaults have them."""
 
+from pathlib import Path
+
 import diffusers
 import torch
 
-from mdm_hf import MDMConfig, MDMForMultiModalGeneration
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 
 
+CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
 VOCAB, LATENT, GRID, CANVAS = 64, 8, (2, 3), 5
 KINDS = ("class_to_image", "text_to_image", "caption", "both", "text")
 CLASS, TIME_IMAGE, TIME_TEXT, IMAGE, IMAGE_TARGET, TEXT_TARGET, USER, ASSISTANT = 4, 5, 6, 11, 12, 13, 14, 15
@@ -37,6 +40,16 @@ def tiny_model(**overrides) -> MDMForMultiModalGeneration:
     model = MDMForMultiModalGeneration(tiny_config(**overrides)).eval()
     torch.nn.init.normal_(model.latent_head.weight, std=0.3)
     return model
+
+
+def tiny_pipeline(**options) -> MDMPipeline:
+    """A narrow mdm-digits with random weights and the shipped processor."""
+    torch.manual_seed(0)
+    model = MDMForMultiModalGeneration(MDMConfig.from_preset("mdm-digits", hidden_size=32, num_hidden_layers=2)).eval()
+    torch.nn.init.normal_(model.latent_head.weight, std=0.3)
+    pipe = MDMPipeline(model, MDMProcessor.from_pretrained(CARD), device="cpu", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_autoencoder(class_name: str = "AutoencoderKL", seed: int = 0, **options) -> torch.nn.Module:
