@@ -20,7 +20,11 @@ MODALITIES = ("image", "text")
 AUTO = "auto"  # in place of them: the model decides
 ROLES = ("system", "user", "assistant")
 MEDIA_KEYS = ("image", "url", "path", "base64")
-PART_KEYS = {"image": ("type", *MEDIA_KEYS, "latents", "mask"), "text": ("type", "text", "mask", "continues")}
+PART_KEYS = {
+    "image": ("type", *MEDIA_KEYS, "latents", "mask"),
+    "text": ("type", "text", "mask", "continues"),
+    "class": ("type", "class"),
+}
 NO_CLASS = -1
 
 
@@ -100,7 +104,18 @@ class ConversationReader:
 
     def _read_part(self, part: Any, role: str, prompt: Prompt) -> dict | None:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in MODALITIES and "mask" in part and not prompt.has_targets:
+        if not isinstance(kind, str) or kind not in PART_KEYS:
+            raise ValueError(
+                f"Got a content part {str(part)[:60]}; need a dict of type 'text', 'image' or 'class'; see "
+                "MDMProcessor.apply_chat_template."
+            )
+        known = PART_KEYS[kind]  # a misspelt mask would leave nothing known
+        if strange := [name for name, value in part.items() if value is not None and name not in known]:
+            raise ValueError(
+                f"Got {', '.join(map(repr, strange))} in a part of type {kind!r}; need some of {', '.join(known)}; "
+                "check the spelling, and pass options beside the messages."
+            )
+        if kind != "class" and part.get("mask") is not None and not prompt.has_targets:
             raise ValueError(
                 f"Got a mask in {'an' if kind == 'image' else 'a'} {kind} part that is no target; need it in the last "
                 "message, the assistant's, whose parts are what is made; move it there, or leave it out."
@@ -109,17 +124,12 @@ class ConversationReader:
             return self._read_text(part, prompt)
         if kind == "image":
             return self._read_image(part, prompt)
-        if kind == "class":
-            if role == "assistant":
-                raise ValueError("Got a class part in an assistant message; need it in a user message; move it there.")
-            if prompt.class_id != NO_CLASS:
-                raise ValueError("Got two class parts in a conversation; need at most one; drop the other.")
-            prompt.class_id = self._class_id(part.get("class"))
-            return None
-        raise ValueError(
-            f"Got a content part {str(part)[:60]}; need a dict of type 'text', 'image' or 'class'; see "
-            "MDMProcessor.apply_chat_template."
-        )
+        if role == "assistant":
+            raise ValueError("Got a class part in an assistant message; need it in a user message; move it there.")
+        if prompt.class_id != NO_CLASS:
+            raise ValueError("Got two class parts in a conversation; need at most one; drop the other.")
+        prompt.class_id = self._class_id(part.get("class"))
+        return None
 
     def _read_text(self, part: dict, prompt: Prompt) -> dict:
         text, mask = part.get("text"), part.get("mask")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .checkpoints import GENERATION_CONFIG, SOLVER, hub_options
 from .choice_scores import ChoiceScores, score_choices
 from .conversation_state import MDMConversationState
-from .conversations import AUTO, MODALITIES, PART_KEYS, as_modalities
+from .conversations import AUTO, MODALITIES, as_modalities
 from .dialogue import MDMDialogue
 from .generation_configuration_mdm import SAMPLING_OPTIONS
 from .pipeline_loading import compile_blocks, load_parts
@@ -396,14 +396,6 @@ class MDMPipeline(Pipeline):
                 f"Got the canvas {canvas!r:.60}; need a part of a message or a list of them; a picture to start from "
                 'is {"type": "image", "image": picture}.'
             )
-        for part in content:  # a misspelt mask would leave nothing known
-            kind = part.get("type")
-            known = PART_KEYS[kind] if kind in MODALITIES else part
-            if strange := [name for name, value in part.items() if value is not None and name not in known]:
-                raise ValueError(
-                    f"Got a canvas with {', '.join(map(repr, strange))} in a part of type {kind!r}; need some of "
-                    f"{', '.join(known)}; check the spelling, and pass options of the call beside `canvas`."
-                )
         return {"messages": [*messages, {"role": "assistant", "content": [*content]}]}
 
     def _forward(self, inputs, **options):
