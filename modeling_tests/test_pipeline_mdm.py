@@ -326,6 +326,23 @@ def test_transformers_pipeline_gives_ours_without_trusting_code_in_the_folder(pi
         pipeline(TASK, model=pipe.model, processor=pipe.processor, device="cpu", seed=1)
 
 
+@pytest.mark.parametrize(
+    ("solver", "complaint"),
+    [
+        (
+            DDIMScheduler(),
+            r"`scheduler` \(DDIMScheduler\) has prediction_type 'epsilon', but MDM predicts clean latents",
+        ),
+        (DDIMScheduler, "`scheduler` is the class DDIMScheduler; it must be one of its objects, or its name"),
+        ("EulerDiscreteScheduler", "EulerDiscreteScheduler.* starts from noise of scale"),
+        (False, r"`scheduler` \(bool\) has no `prediction_type`"),
+    ],
+)
+def test_a_solver_that_cannot_drive_the_model_is_refused_when_the_pipeline_is_made(pipe, solver, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        MDMPipeline(pipe.model, pipe.processor, scheduler=solver)
+
+
 def test_a_model_brings_and_keeps_its_solver_but_not_the_pipeline_whose_code_it_does_not_write(folder, tmp_path):
     model = AutoModel.from_pretrained(folder)
     assert type(model.scheduler) is DDIMScheduler

@@ -452,7 +452,10 @@ def test_prompts_and_training_examples_are_not_mixed(processor: MDMProcessor) ->
         (assistant({"type": "class", "class": 1}), r"Got a class part in an assistant message; need it in a user"),
         ({"role": "user", "content": ["a three"]}, r"Got a content part a three; need a dict"),
         (user({"type": ["text"], "text": "a"}), r"Got a content part .*; need a dict of type 'text', 'image' or"),
-        (user({"type": "text", "text": "a", "txt": "b"}), r"Got 'txt' in a part of type 'text'; need some of type, text"),
+        (
+            user({"type": "text", "text": "a", "txt": "b"}),
+            r"Got 'txt' in a part of type 'text'; need some of type, text",
+        ),
         (user({"type": "class", "class": 1, "id": 2}), "Got 'id' in a part of type 'class'; need some of type, class"),
         (assistant({"type": "image", "image": 0, "msk": 1}), "Got 'msk' in a part of type 'image'; need some of type"),
     ],

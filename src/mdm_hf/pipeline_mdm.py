@@ -24,7 +24,7 @@ from .generation_configuration_mdm import SAMPLING_OPTIONS
 from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
 from .prompts import CONDITIONS, first_seed, read_prompts, whole_number
-from .solvers import solver_named
+from .solvers import solver_for, solver_named
 from .watching import watched
 
 
@@ -50,6 +50,9 @@ class MDMPipeline(Pipeline):
             later steps are outputs of a graph that the next replay overwrites.
         kwargs: As in [`~transformers.Pipeline`]: `device`, `batch_size`, ...; and defaults for the options of a call.
 
+    Raises:
+        ValueError: no processor, or a scheduler that cannot drive the model.
+
     Examples:
         >>> pipe = MDMPipeline.from_pretrained("model_cards/mdm-digits")
         >>> pipe.set_progress_bar_config(disable=True)
@@ -74,7 +77,9 @@ class MDMPipeline(Pipeline):
         super().__init__(model=model, processor=processor, **kwargs)
         if isinstance(scheduler, str):
             scheduler = solver_named(scheduler, model.config)
-        self.scheduler = scheduler or model.scheduler
+        for modality in MODALITIES if scheduler is not None else ():  # refused here, where it was given
+            solver_for(scheduler, model.config, modality, 20, model.model.alpha_bar_of(modality))
+        self.scheduler = model.scheduler if scheduler is None else scheduler
         if compile:
             compile_blocks(self.model.model.layers, mode=compile if isinstance(compile, str) else None)
         self.progress_bar = True
