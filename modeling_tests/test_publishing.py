@@ -169,6 +169,21 @@ def test_an_evaluation_says_which_benchmark_and_weights_it_was_of(folder, monkey
     assert (found["benchmark"], found["weights"]) == ("digits", checkpoint_hash(folder))
 
 
+def test_an_evaluation_is_of_the_weights_that_it_read_whatever_lies_there_when_it_is_done(folder, monkeypatch) -> None:
+    before = checkpoint_hash(folder)
+
+    def train_meanwhile(*_) -> dict:
+        model = MDMPipeline.from_pretrained(folder).model
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        model.save_pretrained(folder)
+        return {"scores": {}, "settings": {"hash": "0"}, "seconds": 0.0}
+
+    monkeypatch.setattr("mdm_hf.evaluation.benchmarks.run_benchmark", train_meanwhile)
+    main(["evaluate", "--model", str(folder), "--output", str(folder / "scores.json")])
+    assert json.loads((folder / "scores.json").read_text())["weights"] == before != checkpoint_hash(folder)
+
+
 @pytest.mark.parametrize("missing", ["benchmark", "weights", "scores"])
 def test_a_result_without_its_origin_is_refused(folder, missing) -> None:
     result = json.loads((folder / "scores.json").read_text())

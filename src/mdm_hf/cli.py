@@ -361,9 +361,9 @@ def _evaluate(options) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     if min(options.seed) < 0:
         raise ValueError(f"Got --seed {min(options.seed)}; need 0 or more.")
-    result = run_benchmark(options.benchmark, options) | {"benchmark": options.benchmark}
-    if Path(options.model).is_dir():
-        result["weights"] = checkpoint_hash(Path(options.model))
+    # Before it runs: others may lie in the folder when it is done.
+    weights = {"weights": checkpoint_hash(Path(options.model))} if Path(options.model).is_dir() else {}
+    result = run_benchmark(options.benchmark, options) | {"benchmark": options.benchmark} | weights
     spread = result.get("intervals") or {
         name: [low, result["highest"][name]] for name, low in result.get("lowest", {}).items()
     }
