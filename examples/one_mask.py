@@ -69,7 +69,7 @@ inputs = pipe.processor(class_ids=8, generate="image")
 pictures = {
     "from a description": three,
     "from a class": picture(class_ids=7, generate="image"),
-    "let the model decide": picture(text="a small seven", generate="auto"),
+    "let the model decide": picture(text="a small grey seven", generate="auto"),
     "inpainting": picture(text="a handwritten three", canvas=known | {"mask": upper}),
     "outpainting": picture(
         text="a handwritten three", canvas={"type": "image", "image": wide, "mask": beside}, image_size=(8, 16)
@@ -86,7 +86,7 @@ selected = pipe.model.generate(**inputs, selection_tolerance=0.5, generator=torc
 skipped = 1 - selected.num_live.float().mean() / selected.num_live[0, 0]
 both = pipe(generate=("image", "text"), seed=0)[0]
 pictures[f"both at once: {both['text'][0]}"] = both["images"][0]
-[scores] = pipe.score_choices(images=three, choices=["a handwritten three", "a handwritten five", "a small nine"])
+[scores] = pipe.score_choices(images=three, choices=["a handwritten three", "a handwritten five", "a small grey nine"])
 texts = {
     "caption": words(images=three, generate="text"),
     "answer": words(images=three, text="is this a seven?", generate="text"),

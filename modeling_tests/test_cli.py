@@ -336,6 +336,7 @@ def test_several_seeds_are_told_as_mean_and_range():
         ("ask.py", ["--question", "is this a seven?"]),
         ("stream.py", ["--output", "{tmp}/steps.png"]),
         ("edit.py", ["--output", "{tmp}/edit.png"]),
+        ("sizes.py", ["--output", "{tmp}/sizes.png"]),
         ("one_mask.py", ["--output", "{tmp}/one_mask.png"]),
         ("chat.py", ["--state", "{tmp}/chat.safetensors"]),
         ("train.py", ["--output-dir", "{tmp}/run", "--max-steps", "3"]),
