@@ -93,6 +93,15 @@ def test_a_chat_decides_turn_by_turn(pipe) -> None:
     assert (len(said["images"]), len(said["text"])) == (0, 1)
 
 
+def test_sizes_of_what_the_model_may_decide_to_make_are_taken_in_a_chat_as_in_a_call(pipe) -> None:
+    sizes = {"max_new_tokens": 8, "image_size": (8, 8), "generate": "auto", "seed": 1, "num_inference_steps": 2}
+    chat = pipe.chat()
+    assert chat(text="a handwritten four", **sizes)["images"]
+    assert chat(text="which digit is this?", **sizes)["text"]
+    with pytest.raises(ValueError, match="`max_new_tokens` is '5'; it must be a whole number, 1 or more"):
+        chat(text="which digit is this?", generate="text", max_new_tokens="5")
+
+
 def test_a_recipe_fits_a_gate_to_a_trained_model_and_leaves_all_else_as_it_was(tmp_path, pipe, capsys) -> None:
     tasks = "data.digits.tasks={class_to_image: 1, text_to_image: 1, image_to_text: 1, question_answering: 1}"
     changes = [f"output_dir={tmp_path / 'run'}", f"model={{from: {CARD}}}", "stages={gate: {num_samples: 320}}", tasks]

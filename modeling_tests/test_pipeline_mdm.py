@@ -217,6 +217,11 @@ def test_however_prompts_come_they_give_the_same_samples(pipe, prompts):
     assert pixels(results) == expected
 
 
+def test_a_number_of_numpy_is_a_class_and_no_data_set(pipe):
+    options = {"generate": "image", "seed": 0, "num_inference_steps": 2}
+    assert pixels(pipe(class_ids=np.int64(3), **options)) == pixels(pipe(class_ids=3, **options))
+
+
 def test_a_data_set_is_drawn_row_by_row(pipe):
     datasets = pytest.importorskip("datasets")
     table = datasets.table.InMemoryTable.from_pydict({"text": PROMPTS, "class_ids": [1, None, 3]})

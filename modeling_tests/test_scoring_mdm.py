@@ -311,6 +311,13 @@ def test_what_cannot_be_scored_is_refused(model, change, message):
         model.score(**(inputs | change))
 
 
+def test_labels_at_conditions_are_refused_as_in_training(model):
+    inputs = batch(["text"], is_training=True)
+    inputs["labels"] = torch.full_like(inputs["input_ids"], 40)
+    with pytest.raises(ValueError, match="`labels` gives an id to row 0, place 0, which is no text target"):
+        model.score(**inputs)
+
+
 @pytest.mark.parametrize(
     ("kind", "token", "name"), [("text", TEXT_TARGET, "text"), ("class_to_image", IMAGE_TARGET, "image")]
 )

@@ -4,9 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny import KINDS, batch, generators, tiny_model
+from PIL import Image
+from tiny import KINDS, batch, generators, tiny_model, tiny_pipeline
 
-from mdm_hf import MDMForMultiModalGeneration
+from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig
 from mdm_hf.step_calibration import CANDIDATES, fewest_steps, fewest_whole, first_rows
 
 
@@ -81,7 +82,7 @@ def test_auto_draws_what_its_number_of_steps_draws_and_measures_once_a_kind() ->
     calls, generate = [], MDMForMultiModalGeneration.generate
 
     def watch(self, *args, **kwargs):
-        calls.append(kwargs["num_inference_steps"])
+        calls.append(kwargs.get("num_inference_steps") or kwargs["generation_config"].num_inference_steps)
         return generate(self, *args, **kwargs)
 
     with mock.patch.object(MDMForMultiModalGeneration, "generate", watch):
@@ -119,6 +120,37 @@ def test_a_batch_of_several_kinds_is_measured_on_all_of_it(monkeypatch, kinds, m
     with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
         tiny_model().generate(**batch(kinds), num_inference_steps="auto")
     assert {len(mask) for mask in fewest.call_args[0][1]} == {measured}
+
+
+def test_a_kind_is_what_is_made_of_what_size_whatever_is_shown_with_it() -> None:
+    pipe, options = tiny_pipeline(), {"num_inference_steps": "auto", "seed": 0}
+    small, large = (Image.new("L", (side, side)) for side in (8, 24))
+    pipe.processor.image_processor.do_resize = False
+    with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
+        for shown in (small, large):
+            for side in (8, 24):
+                pipe(images=shown, generate="image", image_size=(side, side), **options)
+        assert fewest.call_count == 2
+        for length in (4, 4, 5, 8):  # 5 is as 4, to a factor of two
+            pipe(images=small, generate="text", max_new_tokens=length, **options)
+        assert fewest.call_count == 4
+
+
+def test_steps_are_measured_as_the_call_samples_and_not_as_the_model_does() -> None:
+    model, asked = tiny_model(), []
+    model.generation_config = MDMGenerationConfig(text_selection_tolerance=0.5, text_guidance_scale=3.0)
+    watched = model._sampling_config
+
+    def watch(config, options):
+        found = watched(config, options)
+        asked.append((found.text_selection_tolerance, found.text_guidance_scale))
+        return found
+
+    with mock.patch.object(model, "_sampling_config", watch):
+        own = MDMGenerationConfig(num_inference_steps="auto", step_tolerance=0.9)
+        model.generate(**batch(["text"]), generation_config=own)
+    assert len(asked) > 2
+    assert {*asked} == {(own.text_selection_tolerance, own.text_guidance_scale)}
 
 
 def test_steps_that_were_found_are_those_of_these_weights() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .conversation_state import MDMConversationState
-from .conversations import AUTO, MODALITIES, as_modalities
+from .conversations import AUTO, MODALITIES
 from .input_checks import check_state
 from .prompts import first_seed, whole_number
 from .watching import watched
@@ -282,11 +282,13 @@ class MDMDialogue:
             )
         if generate is None:
             generate = pipe.default_modalities or "text"
-        if generate == AUTO:
+        for_processor, for_generate = pipe._stages({"generate": generate} | options)
+        if for_processor["generate"] == AUTO:
             asked = pipe.processor.apply_chat_template(messages, generate=MODALITIES, is_continued=is_continued)
-            [generate] = pipe.model.predict_modalities(**asked.to(pipe.model.device), state=self.state)
-        for_processor, for_generate = pipe._stages({"generate": as_modalities(generate)} | options)
-        canvas, most = for_processor.get("max_new_tokens", pipe.processor.max_new_tokens), pipe.processor.longest_text
+            [decided] = pipe.model.predict_modalities(**asked.to(pipe.model.device), state=self.state)
+            for_processor["generate"] = decided
+        given, most = for_processor.get("max_new_tokens"), pipe.processor.longest_text
+        canvas = pipe.processor.max_new_tokens if given is None else whole_number("max_new_tokens", given)
         if "text" in for_processor["generate"] and canvas > most:
             raise ValueError(
                 f"Got max_new_tokens={canvas} for an answer that is to be remembered; need at most the tokenizer's "

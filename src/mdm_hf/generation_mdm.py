@@ -309,8 +309,11 @@ class MDMGenerationMixin:
         kept = layout.in_target_group & (layout.is_patch | layout.is_text) & ~layout.is_target
         of_rows = torch.stack([image.any(1), text.any(1), kept.any(1)], dim=1).tolist()
         solver = how["scheduler"]
-        told = type(solver).__name__, repr(getattr(solver, "config", solver)), int(layout.grid.prod(-1).max())
-        key = repr((sorted({*map(tuple, of_rows)}), sampling_options(config), told, fingerprint(self)))
+        told = type(solver).__name__, repr(getattr(solver, "config", solver))
+        # Of the pictures that are made, and of the longest text to a factor of two: fewer tokens here and there are no
+        # other kind.
+        sizes = layout.grid[image].unique(dim=0).tolist(), int(text.sum(1).max()).bit_length()
+        key = repr((sorted({*map(tuple, of_rows)}), sampling_options(config), told, sizes, fingerprint(self)))
         if self.found_steps is None:
             self.found_steps = {}
         if key not in self.found_steps:
@@ -322,8 +325,8 @@ class MDMGenerationMixin:
 
             def draw(steps: int) -> Tensor:
                 noise = [torch.Generator().manual_seed(row) for row in range(count)]
-                options = sampling_options(config) | {"num_inference_steps": steps}
-                return self.generate(**rows, generator=noise, **how, **options).latents
+                same = MDMGenerationConfig(**sampling_options(config) | {"num_inference_steps": steps})
+                return self.generate(**rows, generator=noise, generation_config=same, **how).latents
 
             most = min(MOST_STEPS, self.config.num_train_timesteps)
             targets = [mask[:count] for mask in (image, text) if bool(mask[:count].any())]

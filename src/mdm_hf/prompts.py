@@ -74,7 +74,9 @@ def _is_batch(value, dimensions: int) -> bool:
 
 def _is_lazy(value) -> bool:
     """A data set, a generator: neither one value nor a batch that is there already."""
-    is_there = isinstance(value, str | bytes | dict | list | tuple | np.ndarray | torch.Tensor)
+    is_there = isinstance(
+        value, str | bytes | bytearray | dict | list | tuple | np.ndarray | np.generic | torch.Tensor
+    )
     return not is_there and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 

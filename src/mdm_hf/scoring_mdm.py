@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .configuration_mdm import MDMConfig
-from .input_checks import check_inputs, check_scored
+from .input_checks import check_inputs, check_labels, check_scored
 from .modeling_mdm_vae import patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar
 from .score_entropy import LOGITS_IN_MEMORY, text_score_entropy
@@ -130,6 +130,7 @@ class MDMScoringMixin:
             ValueError: inputs that do not fit together, no target, or a target without what is to be scored.
         """
         if labels is not None:
+            check_labels(self.config, input_ids, labels, attention_mask, target_mask)
             input_ids = torch.where(labels >= 0, labels, input_ids)
         fixed = image_grid_hw, attention_mask, target_mask
         check_inputs(self.config, input_ids, pixel_values, *fixed, class_ids, seeds=seeds, image_latents=image_latents)
