@@ -486,6 +486,10 @@ def test_the_pipelines_own_default_is_that_of_its_conversations(pipe) -> None:
     ("call", "told"),
     [
         (lambda chat: chat(), "Got a first turn in which nothing is said; need a text, images or messages"),
+        (
+            lambda chat: chat(messages=[{"role": "user", "content": []}]),
+            "Got a first turn in which nothing is said; need a text, images or messages",
+        ),
         (lambda chat: chat(text="a", canvas={"type": "image"}), "Got canvas in a turn of a conversation; need one"),
         (lambda chat: chat(text="a", class_ids=3), "Got class_ids in a turn of a conversation; need one answer"),
         (lambda chat: chat(text="a", max_new_tokens=600), "Got max_new_tokens=600 .* need at most .* = 512; lower it"),

@@ -271,7 +271,8 @@ class MDMDialogue:
     ) -> Callable[..., Any]:
         """A function of `callback_on_step_end` that draws the answer to messages, once all of them are checked."""
         pipe, is_continued = self.pipe, self.state is not None
-        if not messages and not is_continued:
+        is_silent = all(isinstance(message, dict) and not message.get("content") for message in messages)
+        if is_silent and not is_continued:
             raise ValueError(
                 "Got a first turn in which nothing is said; need a text, images or messages; say something."
             )
