@@ -310,8 +310,7 @@ class MDMGenerationMixin:
         of_rows = torch.stack([image.any(1), text.any(1), kept.any(1)], dim=1).tolist()
         solver = how["scheduler"]
         told = type(solver).__name__, repr(getattr(solver, "config", solver))
-        # Of the pictures that are made, and of the longest text to a factor of two: fewer tokens here and there are no
-        # other kind.
+        # Of the pictures that are made, and of the longest text to a factor of two: a token more makes no other kind.
         sizes = layout.grid[image].unique(dim=0).tolist(), int(text.sum(1).max()).bit_length()
         key = repr((sorted({*map(tuple, of_rows)}), sampling_options(config), told, sizes, fingerprint(self)))
         if self.found_steps is None:

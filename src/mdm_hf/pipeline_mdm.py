@@ -78,7 +78,8 @@ class MDMPipeline(Pipeline):
         if isinstance(scheduler, str):
             scheduler = solver_named(scheduler, model.config)
         for modality in MODALITIES if scheduler is not None else ():  # refused here, where it was given
-            solver_for(scheduler, model.config, modality, 20, model.model.alpha_bar_of(modality))
+            few = min(20, model.config.num_train_timesteps)
+            solver_for(scheduler, model.config, modality, few, model.model.alpha_bar_of(modality))
         self.scheduler = model.scheduler if scheduler is None else scheduler
         if compile:
             compile_blocks(self.model.model.layers, mode=compile if isinstance(compile, str) else None)
