@@ -1,5 +1,7 @@
 """Claims about targets that are known in part: masks, gaps, strength, and what is frozen while it is denoised."""
 
+import re
+from io import BytesIO
 from unittest import mock
 
 import numpy as np
@@ -68,6 +70,63 @@ def test_a_mask_is_laid_over_the_picture_as_the_picture_is_processed() -> None:
     )
     tall[:5] = 255
     assert cut.patch_mask(tall, (4, 4)).tolist() == [[True] * 4] + [[False] * 4] * 3  # rows 4 to 7 are left
+    assert cut.patch_mask(tall, (4, 4), is_cut=False).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+    tall[4:] = 0
+    with pytest.raises(
+        ValueError, match="Got an image mask of 12x4 that marks nothing of what is left .* 4x4 patches"
+    ):
+        cut.patch_mask(tall, (4, 4))
+
+
+def patches_made(processor, part: dict, **options) -> list[list[int]]:
+    inputs = processor.apply_chat_template(answer({"type": "image"} | part), **options)
+    is_patch = inputs["input_ids"][0] == processor.image_token_id
+    return inputs["target_mask"][0][is_patch].view(*inputs["image_grid_hw"][0].tolist()).tolist()
+
+
+def test_a_mask_is_cut_where_its_picture_is_and_nowhere_else(pipe) -> None:
+    cutting = MDMImageProcessorPil(
+        size={"height": 8, "width": 8}, patch_size=2, num_channels=1, aspect_ratio_buckets=[[8, 8]]
+    )
+    processor = MDMProcessor(cutting, pipe.processor.tokenizer)
+    marked = np.zeros((16, 8), dtype=bool)
+    marked[:6] = True
+    part = {"image": Image.new("L", (8, 16)), "mask": marked}
+    assert patches_made(processor, part) == [[1] * 4] + [[0] * 4] * 3  # rows 4 to 11 are left
+    assert patches_made(processor, part, image_size=(16, 8)) == [[1] * 4] * 3 + [[0] * 4] * 5
+    assert patches_made(processor, part, image_size=(8, 8)) == [[1] * 4] * 2 + [[0] * 4] * 2
+    assert patches_made(processor, part, do_resize=False) == [[1] * 4] * 3 + [[0] * 4] * 5
+    assert patches_made(processor, part, aspect_ratio_buckets=False) == [[1] * 4] * 2 + [[0] * 4] * 2
+    assert patches_made(pipe.processor, part, aspect_ratio_buckets=[[8, 8]]) == [[1] * 4] + [[0] * 4] * 3
+
+
+def test_a_mask_is_over_the_picture_as_it_is_seen(processor) -> None:
+    turned = Image.new("L", (24, 8))
+    turned.getexif()[0x0112] = 6  # seen as 24 high and 8 wide
+    stored = BytesIO()
+    turned.save(stored, "JPEG", exif=turned.getexif())
+    upper = np.repeat([True, False], [12, 12])[:, None].repeat(8, 1)
+    for picture in (stored.getvalue(), Image.open(stored)):
+        assert patches_made(processor, {"image": picture, "mask": upper}) == [[1] * 4] * 2 + [[0] * 4] * 2
+        with pytest.raises(ValueError, match="Got an image mask of 8x24 over a picture of 24x8 pixels, height and .*"):
+            patches_made(processor, {"image": picture, "mask": upper.T})
+    for scaled in (upper[::3, ::3], upper.repeat(3, 0).repeat(3, 1), UPPER, UPPER[::2, ::2]):  # or as it is processed
+        assert patches_made(processor, {"image": stored.getvalue(), "mask": scaled}) == [[1] * 4] * 2 + [[0] * 4] * 2
+    lying = BytesIO()
+    Image.fromarray(upper.T.astype(np.uint8) * 255).save(lying, "PNG", exif=turned.getexif())
+    for mask in (lying.getvalue(), Image.fromarray(upper)):  # a mask is turned upright too
+        made = patches_made(processor, {"image": stored.getvalue(), "mask": mask})
+        assert made == [[1] * 4] * 2 + [[0] * 4] * 2
+
+
+def test_a_mask_that_is_transparent_is_refused_and_an_opaque_one_is_not(processor) -> None:
+    opaque = Image.fromarray(UPPER.astype(np.uint8) * 255).convert("RGBA")
+    assert patches_made(processor, {"image": picture(), "mask": opaque}) == [[1] * 4] * 2 + [[0] * 4] * 2
+    opaque.putpixel((0, 7), (0, 0, 0, 0))
+    with pytest.raises(
+        ValueError, match=r"Got an image mask of mode RGBA that is transparent in places, .*; need white"
+    ):
+        patches_made(processor, {"image": picture(), "mask": opaque})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +149,9 @@ def test_a_mask_that_marks_nothing_is_refused(processor, mask) -> None:
         ([(0, 1), (14, 19)], ["▁a", "▁three"]),
         ([(14, None)], ["▁three"] + ["</s>"] * 5),
         ([(19, None)], ["</s>"] * 5),
+        ([(0, 2)], ["▁a"]),  # the blank before a word is not the word
+        ([(1, 2), (13, 15)], ["▁three"]),
+        ([(13, None)], ["▁three"] + ["</s>"] * 5),
         (np.array([[0, 1]]), ["▁a"]),
         ([(np.int64(14), np.int64(19))], ["▁three"]),
         (None, ["▁a", "▁handwritten", "▁three"] + ["</s>"] * 5),
@@ -143,7 +205,9 @@ def test_what_no_mask_can_mean_is_refused(processor) -> None:
             ValueError, match=f"Got a mask in an? {part['type']} part that is no target; need it in the"
         ):
             processor.apply_chat_template([{"role": "user", "content": [part]}], generate="text")
-    with pytest.raises(ValueError, match="Got an image part without pixels"):
+    with pytest.raises(
+        ValueError, match="Got an image part with a mask and no picture; need .*; add it, or leave the"
+    ):
         processor.apply_chat_template(answer({"type": "image", "mask": UPPER}))
     with pytest.raises(ValueError, match="it marks gaps in the parts of a last assistant message alone"):
         processor(text=f"a {processor.mask_token}")
@@ -287,6 +351,35 @@ def test_strength_needs_something_to_start_from(pipe) -> None:
     for strength in (0, 1.5, True, "half"):
         with pytest.raises(ValueError, match=r"`strength` is .*; it must lie in \(0, 1\]"):
             pipe(text="a three", generate="image", strength=strength)
+    with pytest.raises(ValueError, match=r"`strength` is 0.005 with .* = 'auto', half a step .* to more than 0.01\.$"):
+        pipe(canvas={"type": "image", "image": picture()}, strength=0.005, num_inference_steps="auto")
+
+
+def test_sizes_are_those_of_what_a_canvas_has_made(pipe) -> None:
+    image, text = {"type": "image"}, {"type": "text"}
+    for canvas, sizes, said in (
+        (text, {"image_size": (8, 8)}, "Got image_size where text is made, and it does nothing; need it where images"),
+        (image, {"max_new_tokens": 4}, "Got max_new_tokens where image is made"),
+        ([[image], [image]], {"min_new_tokens": 1}, "Got min_new_tokens where image is made"),
+    ):
+        for call in (pipe, pipe.stream):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                list(call(canvas=canvas, **sizes))
+    makes_images = MDMPipeline(pipe.model, pipe.processor, generate="image", num_inference_steps=1)
+    [one] = makes_images(text={"canvas": text}, max_new_tokens=3, seed=0)
+    assert one["text"]
+    assert not one["images"]
+    made = pipe(canvas=[[image], [text]], image_size=(4, 4), max_new_tokens=3, num_inference_steps=1, seed=0)
+    assert [(len(one["images"]), len(one["text"])) for one in made] == [(1, 0), (0, 1)]
+
+
+def test_sizes_of_prompts_that_are_read_one_by_one_are_checked_when_they_are_drawn(pipe) -> None:
+    drawn = pipe(text=iter(["a three"]), generate="image", max_new_tokens=3)
+    with pytest.raises(ValueError, match="Got max_new_tokens where image is made"):
+        next(drawn)
+    kinds = iter([{"canvas": {"type": "image"}}, {"canvas": {"type": "text"}}])
+    made = list(pipe(text=kinds, batch_size=1, image_size=(4, 4), max_new_tokens=3, num_inference_steps=1, seed=0))
+    assert [(len(one["images"]), len(one["text"])) for one in made] == [(1, 0), (0, 1)]
 
 
 def freezing(at: int, mask: torch.Tensor, ids: torch.Tensor | None = None):

@@ -528,10 +528,10 @@ LEARNED = DDPMScheduler(prediction_type="sample", variance_type="learned")
         ({"generate": ["auto"]}, "Got generate with 'auto'; need 'image', 'text' or both, or 'auto' in a call"),
         (
             {"generate": "image", "max_new_tokens": 5},
-            "Got max_new_tokens with generate='image', where it does nothing",
+            "Got max_new_tokens where image is made, and it does nothing; need it where texts are made",
         ),
         ({"generate": "image", "min_new_tokens": 5}, "need it where texts are made; leave it out, or ask for 'text'"),
-        ({"generate": "text", "image_size": (8, 8)}, "Got image_size with generate='text', where it does"),
+        ({"generate": "text", "image_size": (8, 8)}, "Got image_size where text is made, and it does"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "3"}]}, "or pass it to the pipeline as its `canvas`"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
         ({"text": "a three " * 600, "generate": "image"}, "512"),

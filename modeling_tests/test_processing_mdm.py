@@ -428,7 +428,7 @@ def test_a_target_text_longer_than_its_canvas_is_refused(processor: MDMProcessor
 def test_a_message_that_aims_at_nothing_is_refused(processor: MDMProcessor) -> None:
     with refuses(r"Got a last assistant message without a text or image part, and so no target"):
         processor.apply_chat_template([user(text_part("a three")), assistant()])
-    with refuses(r"Got generate=\('image',\) and a last assistant message, .*; need one of the two"):
+    with refuses(r"Got a last assistant message, .*, where \('image',\) is to be generated; need one of the two"):
         processor.apply_chat_template([assistant(text_part("a three"))], generate=("image",))
     with refuses("Got no messages; need at least one"):
         processor.apply_chat_template([])

@@ -214,8 +214,29 @@ def test_when_everything_has_converged_no_call_is_made() -> None:
 def test_a_tolerance_that_is_none_is_refused() -> None:
     for tolerance in (-1, "low", True, float("inf"), float("nan")):
         for name in NAMES:
-            with pytest.raises(ValueError, match=f"`{name}` is .*; it must be a number, 0 or more, or None"):
+            with pytest.raises(ValueError, match=f"`{name}` is .*; it must be a number, 0 or more, False for none"):
                 MDMGenerationConfig(**{name: tolerance})
     for name in NAMES:
-        with pytest.raises(ValueError, match=f"Got {name} with use_cache=False; it needs the cache"):
+        with pytest.raises(ValueError, match=f"Got {name} = 0.1, .* with use_cache=False; .* with {name}=False, or"):
             MDMGenerationConfig(**{name: 0.1, "use_cache": False})
+        assert not getattr(MDMGenerationConfig(**{name: False, "use_cache": False}), name)
+
+
+def test_what_a_model_selects_by_default_can_be_switched_off(tmp_path) -> None:
+    model, inputs = tiny_model(), batch(KINDS)
+    is_patch = inputs["input_ids"] == IMAGE_TARGET
+    plain = drawn(model, inputs)
+    model.generation_config = MDMGenerationConfig(selection_tolerance=1e8, text_selection_tolerance=1e8)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    assert drawn(model, inputs, selection_tolerance=None).num_live is not None  # None is the model's own
+    images_alone = drawn(model, inputs, text_selection_tolerance=False).frozen_at >= 0
+    assert (images_alone & is_patch).any()
+    assert not (images_alone & ~is_patch).any()
+    off = drawn(model, inputs, selection_tolerance=False, text_selection_tolerance=False, use_cache=False)
+    assert off.num_live is None
+    assert off.sequences.equal(plain.sequences)
+    torch.testing.assert_close(off.latents, plain.latents, atol=1e-4, rtol=1e-4)
+    model.generation_config = MDMGenerationConfig(selection_tolerance=False)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).generation_config.selection_tolerance is False

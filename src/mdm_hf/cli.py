@@ -16,7 +16,7 @@ from .publishing import command as publishing
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
 MODEL_HELP = "folder or Hub repository (default: %(default)s)"
-SELECTION = "nats of a token at which it is decided, and stays; 0.5 is 61%% (default: the model's)"
+SELECTION = "nats of a token at which it is decided, and stays; 0.5 is 61%%; off (default: the model's)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
-    generate.add_argument("--text-selection-tolerance", type=float, help=SELECTION)
+    generate.add_argument("--text-selection-tolerance", type=_tolerance, help=SELECTION)
     generate.add_argument(
         "--modality-lag", type=float, help="1 the text is done before the image, 0 both at once (default: the model's)"
     )
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
-    evaluate.add_argument("--text-selection-tolerance", type=float, help=SELECTION)
+    evaluate.add_argument("--text-selection-tolerance", type=_tolerance, help=SELECTION)
     evaluate.add_argument(
         "--seed",
         type=int,
@@ -242,6 +242,11 @@ def _steps(given: str) -> int | str:
     if given != "auto" and not given.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"got {given!r}; need a whole number, 1 or more, or auto")
     return given if given == "auto" else int(given)
+
+
+def _tolerance(given: str) -> float | bool:
+    """A number, or False for "off"."""
+    return given != "off" and float(given)
 
 
 def _sample_count(given: str) -> int:

@@ -168,7 +168,12 @@ class ConversationReader:
             prompt.latents.append(part["latents"])
         elif key is not None:
             prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
-        elif not prompt.has_targets or part.get("mask") is not None:
+        elif part.get("mask") is not None:
+            raise ValueError(
+                "Got an image part with a mask and no picture; need what the mask is over, {'type': 'image', 'image': "
+                "picture, 'mask': mask}; add it, or leave the mask out, and all of a picture is made."
+            )
+        elif not prompt.has_targets:
             raise ValueError(
                 "Got an image part without pixels; need {'type': 'image', 'image': picture}; to make an image, "
                 "leave the part out and pass generate='image'."

@@ -40,6 +40,7 @@ class Denoiser:
         self.tolerances = {"image": sampling.selection_tolerance, "text": sampling.selection_tolerance}
         if sampling.text_selection_tolerance is not None:
             self.tolerances["text"] = sampling.text_selection_tolerance
+        self.tolerances = {name: None if value is False else value for name, value in self.tolerances.items()}
         self.selects = any(tolerance is not None for tolerance in self.tolerances.values())
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None

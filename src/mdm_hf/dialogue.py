@@ -10,7 +10,7 @@ import torch
 from .conversation_state import MDMConversationState
 from .conversations import AUTO, MODALITIES
 from .input_checks import check_state
-from .prompts import first_seed, whole_number
+from .prompts import check_sizes, first_seed, whole_number
 from .watching import watched
 
 
@@ -284,7 +284,9 @@ class MDMDialogue:
         if generate is None:
             generate = pipe.default_modalities or "text"
         for_processor, for_generate = pipe._stages({"generate": generate} | options)
-        if for_processor["generate"] == AUTO:
+        if for_processor["generate"] != AUTO:
+            check_sizes(for_processor["generate"], options)
+        else:
             asked = pipe.processor.apply_chat_template(messages, generate=MODALITIES, is_continued=is_continued)
             [decided] = pipe.model.predict_modalities(**asked.to(pipe.model.device), state=self.state)
             for_processor["generate"] = decided

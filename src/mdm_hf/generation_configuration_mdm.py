@@ -32,7 +32,7 @@ class MDMGenerationConfig(GenerationConfig):
         num_inference_steps: Solver steps of each modality, each a network call; both may move in the same one. "auto"
             for the fewest that make the samples of 50 up to `step_tolerance`: measured on up to eight rows of the
             first call of a kind, and remembered by the model.
-        step_tolerance: How far from those the latents may be, as a share of their spread, where the steps are "auto".
+        step_tolerance: How far from those the latents may be, as a share of their size, where the steps are "auto".
         guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
         text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
         text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
@@ -46,10 +46,10 @@ class MDMGenerationConfig(GenerationConfig):
         min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
-            None is off.
+            None is off, and in a call the model's own; False is off.
         text_selection_tolerance: That of text where it is to differ from that of images; None is
-            `selection_tolerance`. 0.5 freezes a token that has 61% of the probability: words then follow each other
-            better, as what is still open sees what is decided, and not a mean of all that it may be.
+            `selection_tolerance`, False is off. 0.5 freezes a token that has 61% of the probability: words then follow
+            each other better, as what is still open sees what is decided, and not a mean of all that it may be.
         use_cache: Compute the conditions once instead of in every step; the samples are the same.
     """
 
@@ -59,7 +59,7 @@ class MDMGenerationConfig(GenerationConfig):
         # The parent's token-by-token options do not apply and are left out.
         kwargs = {name: _plain(value) for name, value in kwargs.items()}
         self.num_inference_steps = kwargs.pop("num_inference_steps", 20)
-        self.step_tolerance = kwargs.pop("step_tolerance", 0.1)
+        self.step_tolerance = kwargs.pop("step_tolerance", 0.05)
         self.guidance_scale = kwargs.pop("guidance_scale", 1.0)
         self.text_guidance_scale = kwargs.pop("text_guidance_scale", None)
         self.text_temperature = kwargs.pop("text_temperature", 1.0)
@@ -88,7 +88,7 @@ class MDMGenerationConfig(GenerationConfig):
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be a whole number, 1 or more, or 'auto'.")
         allowed = self.step_tolerance
         if not _is_number(allowed) or allowed <= 0:
-            raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.1 is a tenth).")
+            raise ValueError(f"`step_tolerance` is {allowed!r}; it must be a number above 0 (0.05 is a twentieth).")
         for name in ("guidance_scale", "text_guidance_scale"):
             scale = getattr(self, name)
             if name == "text_guidance_scale" and scale is None:
@@ -113,12 +113,17 @@ class MDMGenerationConfig(GenerationConfig):
             raise ValueError(f"`min_new_tokens` is {least!r:.60}; it must be a whole number, 0 or more, below 2**63.")
         for name in ("selection_tolerance", "text_selection_tolerance"):
             tolerance = getattr(self, name)
-            if tolerance is None:
+            if tolerance is None or tolerance is False:
                 continue
             if not _is_number(tolerance) or not 0 <= tolerance < 1e9:
-                raise ValueError(f"`{name}` is {tolerance!r}; it must be a number, 0 or more, or None.")
+                raise ValueError(
+                    f"`{name}` is {tolerance!r}; it must be a number, 0 or more, False for none, or None."
+                )
             if not self.use_cache:
-                raise ValueError(f"Got {name} with use_cache=False; it needs the cache; drop one of them.")
+                raise ValueError(
+                    f"Got {name} = {tolerance}, of the call or else the model's own, with use_cache=False; it needs "
+                    f"the cache; switch it off with {name}=False, or leave use_cache out."
+                )
 
     @staticmethod
     def _get_default_generation_params() -> dict:

@@ -316,6 +316,12 @@ class MDMGenerationMixin:
         if self.found_steps is None:
             self.found_steps = {}
         if key not in self.found_steps:
+            most = min(MOST_STEPS, self.config.num_train_timesteps)
+            if fewest_whole(config.strength) > most:
+                raise ValueError(
+                    f"`strength` is {config.strength!r} with num_inference_steps = 'auto', half a step or less of the "
+                    f"{most} that it takes at most; raise the strength to more than {0.5 / most:g}."
+                )
             count = min(CALIBRATION_ROWS, len(of_rows))
             has_all = {*map(tuple, of_rows[:count])} == {*map(tuple, of_rows)}
             is_cut = has_all and how["state"] is None
@@ -327,7 +333,6 @@ class MDMGenerationMixin:
                 same = MDMGenerationConfig(**sampling_options(config) | {"num_inference_steps": steps})
                 return self.generate(**rows, generator=noise, generation_config=same, **how).latents
 
-            most = min(MOST_STEPS, self.config.num_train_timesteps)
             targets = [mask[:count] for mask in (image, text) if bool(mask[:count].any())]
             limits = config.step_tolerance, most, fewest_whole(config.strength)
             self.found_steps[key], errors = fewest_steps(draw, targets, *limits)

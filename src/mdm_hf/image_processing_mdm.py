@@ -261,24 +261,40 @@ class MDMImageProcessorPil(PilBackend):
             )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
-    def patch_mask(self, mask: Any, grid: Sequence[int]) -> np.ndarray:
+    def patch_mask(
+        self, mask: Any, grid: Sequence[int], shape: Sequence[int] | None = None, is_cut: bool | None = None
+    ) -> np.ndarray:
         """Which patches of a picture a mask of it touches: (rows, columns) bool.
 
         Args:
             mask: PIL image, path, URL or array (height, width) of what is to be made: white, or at least half of it.
-                It is laid over the picture as the picture is processed: stretched or, with `aspect_ratio_buckets`,
-                cut.
+                It is laid over the picture, upright, as the picture is processed: stretched or cut.
             grid: (rows, columns) of the picture in patches.
+            shape: (height, width) of the picture before it was processed. A mask is of that aspect ratio, to a pixel,
+                or of the grid's; unchecked if None.
+            is_cut: Whether the picture was cut to the grid's aspect ratio; `aspect_ratio_buckets` says it if None.
 
         Raises:
-            ValueError: no mask of two dimensions, or one that marks nothing.
+            ValueError: no mask of two dimensions, one that marks nothing, or one of another aspect ratio.
         """
         if isinstance(mask, str | bytes | os.PathLike):
             mask = self.fetch_images(mask)
         rows, columns = grid
         marked = marked_by(mask)
-        if self.aspect_ratio_buckets:
+        h, w = marked.shape
+        if shape is not None and not any(_is_alike(h, w, *of) for of in (shape, grid)):
+            raise ValueError(
+                f"Got an image mask of {h}x{w} over a picture of {shape[0]}x{shape[1]} pixels, height and width as it "
+                "is seen, upright; need one aspect ratio; turn the mask as the picture is, or draw it anew."
+            )
+        if bool(self.aspect_ratio_buckets) if is_cut is None else is_cut:
             marked = _centre_crop(marked[None], rows, columns)[0]
+            if not marked.any():
+                raise ValueError(
+                    f"Got an image mask of {h}x{w} that marks nothing of what is left where the picture is cut to "
+                    f"{rows}x{columns} patches; need something of it; widen the mask, or say with `image_size` that "
+                    "the picture is to be resized whole."
+                )
         h, w = marked.shape
         sums = np.pad(marked.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         top, left = (np.arange(n) * side // n for n, side in ((rows, h), (columns, w)))
@@ -350,6 +366,11 @@ def _nearest(buckets: Sequence, height: int, width: int) -> tuple[int, int]:
     """The bucket whose aspect ratio is nearest, on a logarithmic scale."""
     h, w = min(buckets, key=lambda bucket: abs(math.log(bucket[0] * width / (bucket[1] * height))))
     return h, w
+
+
+def _is_alike(height: int, width: int, *of: int) -> bool:
+    """Whether one rectangle is another scaled, its sides rounded to whole pixels."""
+    return abs(height - width * of[0] / of[1]) <= 1 or abs(width - height * of[1] / of[0]) <= 1
 
 
 def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:

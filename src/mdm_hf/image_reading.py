@@ -102,7 +102,13 @@ def is_unit(image: np.ndarray) -> bool:
 def marked_by(mask: Any) -> np.ndarray:
     """A picture, array or tensor over a picture -> (height, width) bool, true where it is white or 1."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        if mask.has_transparency_data and np.asarray(mask.convert("RGBA").getchannel("A")).min() < 255:
+            raise ValueError(
+                f"Got an image mask of mode {mask.mode} that is transparent in places, which may mean either; need "
+                "white where pixels are to be made, and no transparency; what was painted on a clear ground is "
+                "mask.getchannel('A'), holes in a picture are ImageOps.invert(mask.getchannel('A'))."
+            )
+        mask = np.asarray(converted(mask, 1))
     elif isinstance(mask, torch.Tensor):
         mask = mask.detach().cpu().to(torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
     try:

@@ -23,7 +23,7 @@ from .dialogue import MDMDialogue
 from .generation_configuration_mdm import SAMPLING_OPTIONS
 from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
-from .prompts import CONDITIONS, first_seed, read_prompts, whole_number
+from .prompts import CONDITIONS, first_seed, read_prompts, whole_number, with_sizes_checked
 from .solvers import solver_for, solver_named
 from .watching import watched
 
@@ -32,7 +32,6 @@ TASK = "any-to-any-diffusion"  # the name by which `transformers.pipeline` knows
 PROCESSOR_OPTIONS = ("generate", "image_size", "max_new_tokens")
 GENERATE_OPTIONS = (*(name for name in SAMPLING_OPTIONS if name != "use_cache"), "scheduler")
 CALL_OPTIONS = ("num_return_sequences", "seed", "callback_on_step_end")  # of a call alone: never defaults
-SIZES = {"image": ("image_size",), "text": ("max_new_tokens", "min_new_tokens")}  # of what is made
 # How to reach the Hub, for all parts alike.
 ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -193,9 +192,10 @@ class MDMPipeline(Pipeline):
                 needed, what to do.
         """
         size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
-        stages = self._stages(options, canvas)
+        stages = self._stages(options)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
         prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
+        prompts = with_sizes_checked(prompts, _possible(stages[0]["generate"]), options)
         results = self._results(prompts, size, first_seed(seed), *stages, callback_on_step_end)
         return list(results) if isinstance(prompts, list) else results
 
@@ -228,7 +228,7 @@ class MDMPipeline(Pipeline):
         Raises:
             ValueError: as a call; prompts that are neither values nor lists.
         """
-        for_processor, for_generate = self._stages(options, canvas)
+        for_processor, for_generate = self._stages(options)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
         prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
         if not isinstance(prompts, list):
@@ -236,6 +236,7 @@ class MDMPipeline(Pipeline):
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
                 "the pipeline itself."
             )
+        prompts = with_sizes_checked(prompts, _possible(for_processor["generate"]), options)
         if for_processor["generate"] == AUTO and prompts[0].get("canvas") is None:
             raise ValueError(
                 "Got generate='auto' for a stream, whose samples are drawn in one batch; need the same of all; ask "
@@ -316,21 +317,12 @@ class MDMPipeline(Pipeline):
             asked.append(prompt["messages"] or self.processor.as_messages(*conditions))
         return score_choices(self.model, self.processor, asked, choices, num_samples, seed, batch_size, max_new_tokens)
 
-    def _stages(self, options: dict, canvas=None) -> tuple[dict, dict]:
-        """Options of `preprocess` and of `_forward`: this call's over the pipeline's. What a call makes is said by its
-        canvas, or by `generate`."""
+    def _stages(self, options: dict) -> tuple[dict, dict]:
+        """Options of `preprocess` and of `_forward`: this call's over the pipeline's."""
         for_processor, for_generate, _ = self._sanitize_parameters(**options)
         for_processor = self._preprocess_params | for_processor
         generate = for_processor.get("generate", MODALITIES)
-        for_processor["generate"] = made = generate if generate == AUTO else as_modalities(generate)
-        if canvas is None and made != AUTO:
-            for kind, names in SIZES.items():
-                idle = [name for name in names if options.get(name) is not None and kind not in made]
-                if idle:
-                    raise ValueError(
-                        f"Got {', '.join(idle)} with generate={generate!r}, where it does nothing; need it where "
-                        f"{kind}s are made; leave it out, or ask for {kind!r} too."
-                    )
+        for_processor["generate"] = generate if generate == AUTO else as_modalities(generate)
         return for_processor, {"scheduler": self.scheduler} | self._forward_params | for_generate
 
     def _results(self, prompts, size: int, seed: int, for_processor: dict, for_generate: dict, callback):
@@ -423,3 +415,8 @@ class MDMPipeline(Pipeline):
             {name: given[name] for name in names if name in given} for names in (PROCESSOR_OPTIONS, GENERATE_OPTIONS)
         ]
         return *parts, {}
+
+
+def _possible(generate: str | Sequence[str]) -> Sequence[str]:
+    """What may be made."""
+    return MODALITIES if generate == AUTO else generate

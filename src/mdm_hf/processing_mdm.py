@@ -243,9 +243,9 @@ class MDMProcessor(ProcessorMixin):
         training = sum(prompt.has_targets for prompt in prompts)
         if training and options["generate"] is not None:
             raise ValueError(
-                f"Got generate={options['generate']!r} and a last assistant message, whose parts are the targets; "
-                "need one of the two; to generate, drop that message, or pass it to the pipeline as its `canvas`; to "
-                "train, drop `generate`."
+                f"Got a last assistant message, whose parts are the targets, where {options['generate']!r} is to be "
+                "generated; need one of the two; to generate, drop that message, or pass it to the pipeline as its "
+                "`canvas`; to train, pass no `generate`."
             )
         if 0 < training < len(prompts):
             raise ValueError(
@@ -336,9 +336,12 @@ class MDMProcessor(ProcessorMixin):
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         tokenized = self.tokenizer(rendered, return_offsets_mapping=True, **options)
 
+        for prompt in prompts:
+            self._open_masked(prompt, image_options.get("max_pixels"))
         known = self._known_images(prompts, image_options, image_size)
         known_grids = np.asarray(known.pop("image_grid_hw", [])).tolist()
-        patch_masks, known_images = self._patch_masks(prompts, known_grids), iter(known_grids)
+        is_whole = image_size is not None or not self._cuts(image_options)
+        patch_masks, known_images = self._patch_masks(prompts, known_grids, is_whole), iter(known_grids)
         limits = canvas, self.longest_text
         rows = []
         of_rows = tokenized["input_ids"], tokenized["offset_mapping"]
@@ -350,6 +353,7 @@ class MDMProcessor(ProcessorMixin):
                     "one each; mend the chat template so that it renders every image part."
                 )
             row = expand_placeholders(
+                text,
                 ids,
                 offsets,
                 self._ids,
@@ -402,12 +406,30 @@ class MDMProcessor(ProcessorMixin):
         made = [self.image_processor([one], **of_targets if it else options) for one, it in pairs]
         return self.image_processor.pad_pictures(made)
 
-    def _patch_masks(self, prompts: list[Prompt], grids: list[list[int]]) -> Iterator[np.ndarray | None]:
+    def _open_masked(self, prompt: Prompt, max_pixels: int | None) -> None:
+        """Pictures with a mask as arrays (c, h, w), upright, as the mask is to be."""
+        images = self.image_processor
+        for i in prompt.image_masks if prompt.images and not prompt.latents else ():
+            prompt.images[i] = images.process_image(images.fetch_images(prompt.images[i]), max_pixels=max_pixels)
+
+    def _cuts(self, options: dict) -> bool:
+        """Whether the image processor cuts pictures to a bucket's aspect ratio."""
+        given = {name: options.get(name) for name in ("do_resize", "aspect_ratio_buckets")}
+        return all(getattr(self.image_processor, name) if value is None else value for name, value in given.items())
+
+    def _patch_masks(
+        self, prompts: list[Prompt], grids: list[list[int]], is_whole: bool
+    ) -> Iterator[np.ndarray | None]:
         """Of each known image in turn, which patches its mask marks; None where it has none."""
         numbers = [(prompt, i) for prompt in prompts for i in range(len(prompt.images) + len(prompt.latents))]
         for (prompt, i), grid in zip(numbers, grids, strict=True):
             mask = prompt.image_masks.get(i)
-            yield None if mask is None else self.image_processor.patch_mask(mask, grid)
+            if mask is None:
+                yield None
+            elif prompt.images:
+                yield self.image_processor.patch_mask(mask, grid, prompt.images[i].shape[1:], not is_whole)
+            else:
+                yield self.image_processor.patch_mask(mask, grid)
 
     @staticmethod
     def _length(rows: list, options: dict) -> int:

@@ -1,7 +1,7 @@
 """What a pipeline is asked, as prompts: one value or many of each condition, there already or read one by one."""
 
 import operator
-from collections.abc import Iterator, Sized
+from collections.abc import Collection, Iterator, Sequence, Sized
 from itertools import zip_longest
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 
 CONDITIONS = ("text", "images", "class_ids", "messages", "canvas")
+SIZES = {"image": ("image_size",), "text": ("max_new_tokens", "min_new_tokens")}  # of what is made
 
 
 def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | Iterator[dict]:
@@ -39,6 +40,40 @@ def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | 
     return list(repeated)
 
 
+def with_sizes_checked(
+    prompts: list[dict] | Iterator[dict], made: Sequence[str], options: dict
+) -> list[dict] | Iterator[dict]:
+    """The prompts as they are, where every size in `options` is that of something that is made of one of them.
+
+    Args:
+        prompts: As `read_prompts` has them. Of those that are read one by one only such without a canvas are checked,
+            when they are drawn, as others may come that have a use for a size.
+        made: What is made of a prompt without a canvas, or may be.
+        options: Those of the call, not of the pipeline.
+
+    Raises:
+        ValueError: a size that does nothing.
+    """
+    if not isinstance(prompts, list):
+        return (
+            with_sizes_checked([prompt], made, options)[0] if prompt["canvas"] is None else prompt
+            for prompt in prompts
+        )
+    check_sizes({kind for prompt in prompts for kind in _made_of(prompt.get("canvas"), made)}, options)
+    return prompts
+
+
+def check_sizes(made: Collection[str], options: dict) -> None:
+    """Raises ValueError for a size of what is not among `made`."""
+    for kind, names in SIZES.items():
+        idle = [name for name in names if options.get(name) is not None]
+        if idle and kind not in made:
+            raise ValueError(
+                f"Got {', '.join(idle)} where {' and '.join(sorted(made))} is made, and it does nothing; need it "
+                f"where {kind}s are made; leave it out, or ask for {kind!r} too."
+            )
+
+
 def whole(value, least: int) -> int | None:
     """`value`, of Python or NumPy, as an int; None if it is no whole number or below `least`."""
     try:
@@ -60,6 +95,14 @@ def whole_number(name: str, value, least: int = 1) -> int:
 def first_seed(seed: int | None) -> int:
     """`seed`, or one at random for None. Raises ValueError for what is no seed."""
     return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
+
+
+def _made_of(canvas: Any, made: Sequence[str]) -> Sequence[str]:
+    """The kinds of a canvas's parts; `made` where there is none, or one that is refused when it is drawn."""
+    parts = [canvas] if isinstance(canvas, dict) else canvas
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, dict) for part in parts):
+        return made
+    return [str(part.get("type")) for part in parts]
 
 
 def _is_list_of(field: str, value) -> bool:

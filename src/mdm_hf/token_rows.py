@@ -45,6 +45,7 @@ class TokenRow:
 
 
 def expand_placeholders(
+    text: str,
     ids: list[int],
     offsets: Sequence[tuple[int, int]],
     tokens: dict[str, int],
@@ -60,7 +61,7 @@ def expand_placeholders(
     """Expands image placeholders to their patches and target texts to their canvas.
 
     Args:
-        ids, offsets: The rendered conversation, and the characters that each token stands for.
+        text, ids, offsets: The rendered conversation, and the characters that each token stands for.
         tokens: Ids of the control tokens.
         known_grids, patch_masks: Of each known image in turn, [rows, columns] and which patches are to be made, all
             of a target's if None.
@@ -89,7 +90,8 @@ def expand_placeholders(
                         f"max_new_tokens = {canvas}; shorten it or raise max_new_tokens."
                     )
                 start = offsets[i][1]
-                places = [(a - start, b - start) for a, b in offsets[i + 1 : end]]
+                words = [(b - len(text[a:b].lstrip()), b) for a, b in offsets[i + 1 : end]]  # less the blank before
+                places = [(a - start, b - start) for a, b in words]
                 is_target = _targets_of(body, places, gap, spans, canvas, decode)
                 row.is_known = row.is_known and gap not in body
                 body = body + [tokens[filler]] * (canvas - len(body))
