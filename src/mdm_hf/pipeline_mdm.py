@@ -23,7 +23,7 @@ from .dialogue import MDMDialogue
 from .generation_configuration_mdm import SAMPLING_OPTIONS
 from .pipeline_loading import compile_blocks, load_parts
 from .processing_mdm import MDMProcessor
-from .prompts import CONDITIONS, first_seed, read_prompts, whole_number, with_sizes_checked
+from .prompts import CONDITIONS, check_prompts, first_seed, of_fitting_sizes, read_prompts, whole_number
 from .solvers import solver_for, solver_named
 from .watching import watched
 
@@ -195,7 +195,11 @@ class MDMPipeline(Pipeline):
         stages = self._stages(options)
         conditions = {"text": text, "images": images, "class_ids": class_ids, "messages": messages, "canvas": canvas}
         prompts = read_prompts(num_return_sequences, options.get("generate"), **conditions)
-        prompts = with_sizes_checked(prompts, _possible(stages[0]["generate"]), options)
+        checked = _possible(stages[0]["generate"]), options
+        if isinstance(prompts, list):
+            check_prompts(prompts, *checked)
+        else:
+            prompts = of_fitting_sizes(prompts, *checked)
         results = self._results(prompts, size, first_seed(seed), *stages, callback_on_step_end)
         return list(results) if isinstance(prompts, list) else results
 
@@ -236,7 +240,7 @@ class MDMPipeline(Pipeline):
                 "Got prompts to be read one by one; a stream draws all of them at once; make a list of them, or call "
                 "the pipeline itself."
             )
-        prompts = with_sizes_checked(prompts, _possible(for_processor["generate"]), options)
+        check_prompts(prompts, _possible(for_processor["generate"]), options)
         if for_processor["generate"] == AUTO and prompts[0].get("canvas") is None:
             raise ValueError(
                 "Got generate='auto' for a stream, whose samples are drawn in one batch; need the same of all; ask "

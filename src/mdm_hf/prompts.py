@@ -1,7 +1,7 @@
 """What a pipeline is asked, as prompts: one value or many of each condition, there already or read one by one."""
 
 import operator
-from collections.abc import Collection, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterator, Sized
 from itertools import zip_longest
 from typing import Any
 
@@ -40,27 +40,22 @@ def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | 
     return list(repeated)
 
 
-def with_sizes_checked(
-    prompts: list[dict] | Iterator[dict], made: Sequence[str], options: dict
-) -> list[dict] | Iterator[dict]:
-    """The prompts as they are, where every size in `options` is that of something that is made of one of them.
+def of_fitting_sizes(prompts: Iterator[dict], made: Collection[str], options: dict) -> Iterator[dict]:
+    """The prompts, each without a canvas checked when it is read; of canvases others may come that have a use for a
+    size. The arguments are those of `check_prompts`."""
+    for prompt in prompts:
+        if prompt.get("canvas") is None:
+            check_sizes(made, options)
+        yield prompt
+
+
+def check_prompts(prompts: list[dict], made: Collection[str], options: dict) -> None:
+    """Raises ValueError for a size among the call's `options` that is of nothing that is made.
 
     Args:
-        prompts: As `read_prompts` has them. Of those that are read one by one only such without a canvas are checked,
-            when they are drawn, as others may come that have a use for a size.
         made: What is made of a prompt without a canvas, or may be.
-        options: Those of the call, not of the pipeline.
-
-    Raises:
-        ValueError: a size that does nothing.
     """
-    if not isinstance(prompts, list):
-        return (
-            with_sizes_checked([prompt], made, options)[0] if prompt["canvas"] is None else prompt
-            for prompt in prompts
-        )
     check_sizes({kind for prompt in prompts for kind in _made_of(prompt.get("canvas"), made)}, options)
-    return prompts
 
 
 def check_sizes(made: Collection[str], options: dict) -> None:
@@ -97,7 +92,7 @@ def first_seed(seed: int | None) -> int:
     return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
 
 
-def _made_of(canvas: Any, made: Sequence[str]) -> Sequence[str]:
+def _made_of(canvas: Any, made: Collection[str]) -> Collection[str]:
     """The kinds of a canvas's parts; `made` where there is none, or one that is refused when it is drawn."""
     parts = [canvas] if isinstance(canvas, dict) else canvas
     if not isinstance(parts, list | tuple) or not all(isinstance(part, dict) for part in parts):
