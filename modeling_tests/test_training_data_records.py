@@ -97,6 +97,12 @@ def test_every_adapter_has_a_layout_tested_and_default_tasks_that_its_records_se
             "bad value",
             "Got a part of type 'audio'; need text, image or class",
         ),
+        (
+            "conversations",
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a", "mask": [(0, 1)]}]}]},
+            "bad value",
+            "Got a part with a mask; need whole ones, as `infill` of the recipe",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_says_what_is_wrong(adapter: str, row: dict, kind: str, message: str) -> None:

@@ -288,6 +288,11 @@ def _message(role: Any, content: Any, pictures: Iterator | None = None) -> dict:
 
 def _part(part: Row, pictures: Iterator | None) -> dict:
     kind = part.get("type")
+    if part.get("mask") is not None:
+        raise BadRow(
+            "Got a part with a mask; need whole ones, as `infill` of the recipe says what share of them is masked in "
+            "training; leave it out."
+        )
     if kind == "text":
         return text_part(_text(part.get("text"), "a text part"))
     if kind == "class":
