@@ -119,6 +119,42 @@ def test_a_mask_is_over_the_picture_as_it_is_seen(processor) -> None:
         assert made == [[1] * 4] * 2 + [[0] * 4] * 2
 
 
+def test_the_blank_before_a_word_of_several_tokens_is_made_with_it(processor) -> None:
+    for text, mask in (("a xq three", [(2, 4)]), ("a xq", [(2, None)])):
+        spelt = processor.tokenizer(" xq", add_special_tokens=False).tokens()
+        assert spelt[0] == "▁"
+        made = targets(processor, processor.apply_chat_template(answer({"type": "text", "text": text, "mask": mask})))
+        assert made[: len(spelt)] == spelt
+        assert "▁three" not in made
+
+
+def test_a_part_holds_one_picture(processor, pipe) -> None:
+    marked = {"mask": UPPER}
+    one = np.asarray(picture())
+    for image in ([picture()], (one,), one[None, None], torch.tensor(one)[None, None]):
+        for mask in ({}, marked):
+            made = patches_made(processor, {"image": image} | mask)
+            assert made == patches_made(processor, {"image": picture()} | mask)
+    for several in ([picture(), picture()], np.stack([one[None], one[None]]), []):
+        with pytest.raises(ValueError, match=f"Got {len(several)} pictures in an image part; need one; give each a"):
+            patches_made(processor, {"image": several})
+
+
+def test_what_is_black_in_a_mask_picture_marks_nothing(processor) -> None:
+    for level in (1, 2, 127):
+        with pytest.raises(ValueError, match="Got an image mask of .* that marks nothing"):
+            patches_made(processor, {"image": picture(), "mask": Image.fromarray(UPPER.astype(np.uint8) * level)})
+    for white in (UPPER.astype(np.uint8) * 128, UPPER):  # modes L and 1
+        made = patches_made(processor, {"image": picture(), "mask": Image.fromarray(white)})
+        assert made == [[1] * 4] * 2 + [[0] * 4] * 2
+
+
+def test_a_mask_may_be_no_larger_than_a_picture(processor) -> None:
+    limited = MDMImageProcessorPil(size={"height": 8, "width": 8}, patch_size=2, num_channels=1, max_pixels=64)
+    with pytest.raises(ValueError, match="Got an image mask of 9x8 pixels; need at most max_pixels = 64; give a smal"):
+        limited.patch_mask(Image.new("L", (8, 9), 255), (4, 4))
+
+
 def test_a_mask_that_is_transparent_is_refused_and_an_opaque_one_is_not(processor) -> None:
     opaque = Image.fromarray(UPPER.astype(np.uint8) * 255).convert("RGBA")
     assert patches_made(processor, {"image": picture(), "mask": opaque}) == [[1] * 4] * 2 + [[0] * 4] * 2
@@ -205,6 +241,12 @@ def test_what_no_mask_can_mean_is_refused(processor) -> None:
             ValueError, match=f"Got a mask in an? {part['type']} part that is no target; need it in the"
         ):
             processor.apply_chat_template([{"role": "user", "content": [part]}], generate="text")
+    for text, mask, remedy in (
+        ("a three", [], "; to keep a text whole, leave it out of what is made, and say it as a condition"),
+        ("a a a a a a a a", [(15, None)], "; the text fills its canvas of max_new_tokens = 8: raise that"),
+    ):
+        with pytest.raises(ValueError, match=r"Got a text mask \[.*\] that touches no token of .*" + remedy):
+            processor.apply_chat_template(answer({"type": "text", "text": text, "mask": mask}))
     with pytest.raises(
         ValueError, match="Got an image part with a mask and no picture; need .*; add it, or leave the"
     ):
@@ -371,6 +413,33 @@ def test_sizes_are_those_of_what_a_canvas_has_made(pipe) -> None:
     assert not one["images"]
     made = pipe(canvas=[[image], [text]], image_size=(4, 4), max_new_tokens=3, num_inference_steps=1, seed=0)
     assert [(len(one["images"]), len(one["text"])) for one in made] == [(1, 0), (0, 1)]
+
+
+def test_the_size_check_leaves_a_part_that_is_none_to_those_who_read_it(pipe) -> None:
+    for part in ({"type": "img"}, {"image": picture()}):
+        with pytest.raises(ValueError, match="Got a content part .*; need a dict of type 'text', 'image' or 'class'"):
+            pipe(text="a three", canvas=part, image_size=(8, 8), max_new_tokens=3)
+    assert pipe(text="a three", generate="image", min_new_tokens=0, seed=0)[0]["images"]  # 0 asks for nothing
+
+
+def test_canvases_of_several_prompts_are_parts_and_lists_in_any_order(pipe) -> None:
+    image, text = {"type": "image"}, {"type": "text"}
+    for canvas in ([image, [text]], [[image], text], [[image], [text]]):
+        made = pipe(text=["a three", "a two"], canvas=canvas, seed=0)
+        assert [(len(one["images"]), len(one["text"])) for one in made] == [(1, 0), (0, 1)]
+    with pytest.raises(
+        ValueError, match=r"'canvas': 1}; .* one canvas: for one a prompt, put each into a list of its"
+    ):
+        pipe(text=["a three", "a two"], canvas=[image, text])
+    said = [{"role": "user", "content": "a three"}]
+    for conversation in ({"messages": said}, {"text": said}):  # one for all canvases
+        made = pipe(**conversation, canvas=[[image], [text]], seed=0)
+        assert made == pipe(text="a three", canvas=[[image], [text]], seed=0)
+
+
+def test_what_a_canvas_says_is_made_is_not_for_the_model_to_decide(pipe) -> None:
+    with pytest.raises(ValueError, match="Got a prompt with a canvas, whose parts say what is made; need one without"):
+        pipe.predict_modalities(text={"text": "a three", "canvas": {"type": "text"}})
 
 
 def test_sizes_of_prompts_that_are_read_one_by_one_are_checked_when_they_are_drawn(pipe) -> None:

@@ -233,7 +233,10 @@ def test_what_a_model_selects_by_default_can_be_switched_off(tmp_path) -> None:
     images_alone = drawn(model, inputs, text_selection_tolerance=False).frozen_at >= 0
     assert (images_alone & is_patch).any()
     assert not (images_alone & ~is_patch).any()
-    off = drawn(model, inputs, selection_tolerance=False, text_selection_tolerance=False, use_cache=False)
+    texts_alone = drawn(model, inputs, selection_tolerance=False, text_selection_tolerance=1e8).frozen_at >= 0
+    assert texts_alone.any()
+    assert not (texts_alone & is_patch).any()
+    off = drawn(model, inputs, selection_tolerance=False, use_cache=False)
     assert off.num_live is None
     assert off.sequences.equal(plain.sequences)
     torch.testing.assert_close(off.latents, plain.latents, atol=1e-4, rtol=1e-4)

@@ -57,7 +57,7 @@ def test_a_single_target_takes_no_more_steps_than_many() -> None:
     assert fewest_steps(lambda steps: draw(steps)[:, :1].expand(1, 3, 4), alone, 1.5)[0] < 50
 
 
-@pytest.mark.parametrize(("strength", "steps"), [(1.0, 1), (0.5, 2), (0.3, 2), (0.1, 6), (0.05, 11)])
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 1), (0.5, 2), (0.3, 2), (0.1, 6), (0.05, 11), (1 / 186, 94)])
 def test_the_fewest_steps_of_which_a_share_is_a_whole_one(strength, steps) -> None:
     assert fewest_whole(strength) == steps
     assert round(steps * strength) >= 1
@@ -120,6 +120,14 @@ def test_a_batch_of_several_kinds_is_measured_on_all_of_it(monkeypatch, kinds, m
     with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
         tiny_model().generate(**batch(kinds), num_inference_steps="auto")
     assert {len(mask) for mask in fewest.call_args[0][1]} == {measured}
+
+
+def test_how_long_a_text_has_to_be_makes_no_other_kind() -> None:
+    model, inputs = tiny_model(), batch(["text"])
+    with mock.patch("mdm_hf.generation_mdm.fewest_steps", return_value=(2, {})) as fewest:
+        for due in (4, 2, 0):  # as of the blocks of a long answer
+            model.generate(**inputs, num_inference_steps="auto", min_new_tokens=due)
+    assert fewest.call_count == 1
 
 
 def test_a_kind_is_what_is_made_of_what_size_whatever_is_shown_with_it() -> None:

@@ -167,7 +167,14 @@ class ConversationReader:
         if part.get("latents") is not None:
             prompt.latents.append(part["latents"])
         elif key is not None:
-            prompt.images.append(f"data:image/any;base64,{part[key]}" if key == "base64" else part[key])
+            picture = f"data:image/any;base64,{part[key]}" if key == "base64" else part[key]
+            if isinstance(picture, list | tuple) or getattr(picture, "ndim", 0) == 4:
+                if len(picture) != 1:
+                    raise ValueError(
+                        f"Got {len(picture)} pictures in an image part; need one; give each a part of its own."
+                    )
+                picture = picture[0]
+            prompt.images.append(picture)
         elif part.get("mask") is not None:
             raise ValueError(
                 "Got an image part with a mask and no picture; need what the mask is over, {'type': 'image', 'image': "

@@ -43,10 +43,11 @@ class MDMGenerationConfig(GenerationConfig):
         strength: Where all that is targeted is known already, as in an image to be changed, how much of the way from
             it to noise is gone before it is denoised: 1 keeps nothing of it, 0.5 starts at t = 0.5, with half of the
             network calls. It is rounded to whole steps; half a step or less is refused.
-        min_new_tokens: No text ends before it has so many tokens, or as many as its canvas.
+        min_new_tokens: No text ends before it has so many tokens, or as many as its canvas. An end that is known,
+            where the middle of a text alone is made, stays.
         selection_tolerance: Token selection (paper Sec. 3.2, Theorem 3): targets whose score entropy is at most this
             are frozen, projected once more as conditions and then skipped, so that later network calls cost less.
-            None is off, and in a call the model's own; False is off.
+            None is off, and in a call the model's own; False is off, in a call for texts too unless it names those.
         text_selection_tolerance: That of text where it is to differ from that of images; None is
             `selection_tolerance`, False is off. 0.5 freezes a token that has 61% of the probability: words then follow
             each other better, as what is still open sees what is decided, and not a mean of all that it may be.

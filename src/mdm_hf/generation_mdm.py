@@ -295,6 +295,8 @@ class MDMGenerationMixin:
                 f"Got max_new_tokens={given['max_new_tokens']}; a text is as long as its canvas in the inputs; give "
                 "it to the processor instead, in transformers' pipelines as processor_kwargs={'max_new_tokens': n}."
             )
+        if given.get("selection_tolerance") is False:
+            given = {"text_selection_tolerance": False} | given
         sampling, most = MDMGenerationConfig(**(sampling_options(base) | given)), self.config.num_train_timesteps
         if sampling.num_inference_steps != AUTO_STEPS and sampling.num_inference_steps > most:
             raise ValueError(
@@ -312,7 +314,8 @@ class MDMGenerationMixin:
         told = type(solver).__name__, repr(getattr(solver, "config", solver))
         # Of the pictures that are made, and of the longest text to a factor of two: a token more makes no other kind.
         sizes = layout.grid[image].unique(dim=0).tolist(), int(text.sum(1).max()).bit_length()
-        key = repr((sorted({*map(tuple, of_rows)}), sampling_options(config), told, sizes, fingerprint(self)))
+        of_latents = sampling_options(config) | {"min_new_tokens": 0}  # which says how latents are read, no more
+        key = repr((sorted({*map(tuple, of_rows)}), of_latents, told, sizes, fingerprint(self)))
         if self.found_steps is None:
             self.found_steps = {}
         if key not in self.found_steps:

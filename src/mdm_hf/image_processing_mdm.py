@@ -279,6 +279,11 @@ class MDMImageProcessorPil(PilBackend):
         """
         if isinstance(mask, str | bytes | os.PathLike):
             mask = self.fetch_images(mask)
+        if isinstance(mask, Image.Image) and mask.width * mask.height > self.max_pixels:
+            raise ValueError(
+                f"Got an image mask of {mask.height}x{mask.width} pixels; need at most max_pixels = "
+                f"{self.max_pixels}; give a smaller one."
+            )
         rows, columns = grid
         marked = marked_by(mask)
         h, w = marked.shape

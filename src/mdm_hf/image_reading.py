@@ -108,7 +108,7 @@ def marked_by(mask: Any) -> np.ndarray:
                 "white where pixels are to be made, and no transparency; what was painted on a clear ground is "
                 "mask.getchannel('A'), holes in a picture are ImageOps.invert(mask.getchannel('A'))."
             )
-        mask = np.asarray(converted(mask, 1))
+        mask = np.asarray(converted(mask, 1)) / 255  # a level of 1 is black
     elif isinstance(mask, torch.Tensor):
         mask = mask.detach().cpu().to(torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
     try:

@@ -188,8 +188,8 @@ class MDMPipeline(Pipeline):
             and draws a batch at a time.
 
         Raises:
-            ValueError: conditions that do not fit together, or sizes of what is not made, with what was got, what is
-                needed, what to do.
+            ValueError: conditions that do not fit together, or sizes of what is not made (not beside canvases that are
+                read one by one), with what was got, what is needed, what to do.
         """
         size = whole_number("batch_size", batch_size if batch_size is not None else self._batch_size or 32)
         stages = self._stages(options)
@@ -270,6 +270,11 @@ class MDMPipeline(Pipeline):
         for_processor, _ = self._stages({})
         prompts, decided = iter(prompts), []
         while batch := list(islice(prompts, self._batch_size or 32)):
+            if any(prompt.get("canvas") is not None for prompt in batch):
+                raise ValueError(
+                    "Got a prompt with a canvas, whose parts say what is made; need one without, for the model to "
+                    "decide; leave the canvas out."
+                )
             decided += self._decided(batch, for_processor)
         return decided
 

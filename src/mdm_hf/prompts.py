@@ -24,13 +24,20 @@ def read_prompts(repeats: int, generate: Any = None, **columns) -> list[dict] | 
         ValueError: columns of different lengths, empty ones, conditions that do not go together.
     """
     repeats = whole_number("num_return_sequences", repeats)
-    for name, field in (("text", "role"), ("messages", "role"), ("canvas", "type")):
-        if _is_list_of(field, columns.get(name)):  # one, not a batch
-            columns[name] = [columns[name]]
-    many = {name: v for name, v in columns.items() if _is_lazy(v) or _is_batch(v, 4 if name == "images" else 1)}
+    one = {name for name in ("text", "messages") if _is_list_of("role", columns.get(name))}  # conversation, no batch
+    if is_one_canvas := _is_list_of("type", columns.get("canvas")):
+        columns["canvas"] = [columns["canvas"]]
+    many = {
+        name: v
+        for name, v in columns.items()
+        if name not in one and (_is_lazy(v) or _is_batch(v, 4 if name == "images" else 1))
+    }
     lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"Got lists of different lengths, {lengths}; a batch needs lists of one length.")
+        told = "; a list of parts is one canvas: for one a prompt, put each into a list of its own"
+        raise ValueError(
+            f"Got lists of different lengths, {lengths}; a batch needs lists of one length{told * is_one_canvas}."
+        )
     prompts = _zipped({name: value for name, value in columns.items() if name not in many}, many, generate)
     repeated = (prompt for prompt in prompts for _ in range(repeats))
     if any(_is_lazy(value) for value in many.values()):
@@ -61,7 +68,7 @@ def check_prompts(prompts: list[dict], made: Collection[str], options: dict) -> 
 def check_sizes(made: Collection[str], options: dict) -> None:
     """Raises ValueError for a size of what is not among `made`."""
     for kind, names in SIZES.items():
-        idle = [name for name in names if options.get(name) is not None]
+        idle = [name for name in names if options.get(name) is not None and whole(options[name], 0) != 0]
         if idle and kind not in made:
             raise ValueError(
                 f"Got {', '.join(idle)} where {' and '.join(sorted(made))} is made, and it does nothing; need it "
@@ -97,12 +104,14 @@ def _made_of(canvas: Any, made: Collection[str]) -> Collection[str]:
     parts = [canvas] if isinstance(canvas, dict) else canvas
     if not isinstance(parts, list | tuple) or not all(isinstance(part, dict) for part in parts):
         return made
-    return [str(part.get("type")) for part in parts]
+    kinds = [part.get("type") for part in parts]
+    return kinds if all(kind in list(SIZES) for kind in kinds) else made
 
 
 def _is_list_of(field: str, value) -> bool:
     """Messages, by their role, or parts of one, by their type."""
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict) and field in value[0]
+    are_dicts = isinstance(value, list | tuple) and bool(value) and all(isinstance(one, dict) for one in value)
+    return are_dicts and field in value[0]
 
 
 def _is_batch(value, dimensions: int) -> bool:

@@ -51,7 +51,8 @@ def fewest_steps(
 
 def fewest_whole(strength: float) -> int:
     """The fewest steps of which a share of `strength` rounds to one or more."""
-    return math.floor(min(0.5 / strength, 2**53)) + 1
+    fewest = math.floor(min(0.5 / strength, 2**53)) + 1
+    return fewest if round(fewest * strength) else fewest + 1  # 0.5 / strength may be rounded down
 
 
 def _size(values: Tensor) -> float:

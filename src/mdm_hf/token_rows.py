@@ -90,8 +90,7 @@ def expand_placeholders(
                         f"max_new_tokens = {canvas}; shorten it or raise max_new_tokens."
                     )
                 start = offsets[i][1]
-                words = [(b - len(text[a:b].lstrip()), b) for a, b in offsets[i + 1 : end]]  # less the blank before
-                places = [(a - start, b - start) for a, b in words]
+                places = _places_of_words(text, offsets[i + 1 : end], start)
                 is_target = _targets_of(body, places, gap, spans, canvas, decode)
                 row.is_known = row.is_known and gap not in body
                 body = body + [tokens[filler]] * (canvas - len(body))
@@ -118,6 +117,20 @@ def expand_placeholders(
     return row
 
 
+def _places_of_words(text: str, offsets: Sequence[tuple[int, int]], start: int) -> list[tuple[int, int]]:
+    """Where each token of a text stands in it, less the blank before a word; a blank alone, where what follows does.
+
+    Args:
+        offsets: In `text`, in which the tokens' own begins at `start`.
+    """
+    places: list[tuple[int, int]] = []
+    for first, last in reversed(offsets):
+        first = last - len(text[first:last].lstrip())
+        is_blank = first == last and bool(places)
+        places.append(places[-1] if is_blank else (first - start, last - start))
+    return places[::-1]
+
+
 def _targets_of(
     body: list[int],
     places: list[tuple[int, int]],
@@ -136,7 +149,12 @@ def _targets_of(
     ]
     marks += [any(end is None for _, end in spans)] * (canvas - len(body))
     if not any(marks):
-        raise ValueError(f"Got a text mask {spans} that touches no token of {decode(body)[:60]!r}; widen it.")
+        remedy = "widen it"
+        if not spans:
+            remedy = "to keep a text whole, leave it out of what is made, and say it as a condition"
+        elif any(end is None for _, end in spans) and len(body) == canvas:
+            remedy = f"the text fills its canvas of max_new_tokens = {canvas}: raise that"
+        raise ValueError(f"Got a text mask {spans} that touches no token of {decode(body)[:60]!r}; {remedy}.")
     return marks
 
 
