@@ -45,7 +45,7 @@ from mdm_hf.evaluation.pictures import picture_grid
 from mdm_hf.modeling_mdm_vae import MDMVAEModel
 from mdm_hf.training.assembly import make_config, make_mix, make_processor
 from mdm_hf.training.muon import muon_for
-from mdm_hf.training.recipe import MUON, load_recipe, stage_options
+from mdm_hf.training.recipe import MUON, OF_FITTED, load_recipe, stage_options
 from mdm_hf.training.trainer import ConversationCollator, keep_freed_memory
 
 
@@ -150,7 +150,8 @@ def _prepared(
     images = None if vae is None else MDMForMultiModalGeneration.from_pretrained(vae).model.vae.eval()
     sizes = sizes_for(processor, wanted, depth, vae=images)
     sizes.dim = sizes.dim if dim is None else dim
-    start = {"recipe": recipe, "stage": [*recipe["stages"]][-1], "processor": processor, "sizes": sizes, "vae": images}
+    stage = [name for name in recipe["stages"] if name not in OF_FITTED][-1]  # a gate is fitted to MDM alone
+    start = {"recipe": recipe, "stage": stage, "processor": processor, "sizes": sizes, "vae": images}
     return start, wanted
 
 
@@ -190,7 +191,7 @@ def train(
     same weights.
 
     Args:
-        recipe: As `load_recipe` gives it; its last stage says how to train.
+        recipe: As `load_recipe` gives it; its last stage before the gate says how to train.
         folder: Gets `checkpoint.pt`, and `final/` for TransfusionPipeline.from_pretrained; if the recipe builds a
             processor, `processor/` too.
         max_steps: Optimiser steps; or

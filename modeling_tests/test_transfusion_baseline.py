@@ -8,7 +8,8 @@ import torch
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.modeling_mdm_vae import patchify
-from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.assembly import make_mix
+from mdm_hf.training.recipe import load_recipe, stage_options
 
 
 pytest.importorskip("transfusion_pytorch", reason='needs transfusion-pytorch: pip install -e ".[baselines]"')
@@ -162,6 +163,19 @@ def test_a_resumed_run_ends_with_the_same_weights_and_so_does_a_repeated_one(tmp
         assert torch.equal(one, other)
     assert (whole["steps"], whole["parameters"]) == (again["steps"], again["parameters"])
     assert again["cpu_seconds"] > 0
+
+
+def test_it_learns_from_what_mdm_learns_from_and_not_from_the_gate_s_conversations(tmp_path, monkeypatch):
+    recipe, asked = digits_recipe(), []
+    recipe["stages"]["gate"] = {"num_samples": 8}
+
+    def watch(recipe, stage, *rest):
+        asked.append((stage, stage_options(recipe, stage)["per_device_train_batch_size"]))
+        return make_mix(recipe, stage, *rest)
+
+    monkeypatch.setattr("transfusion_baseline.make_mix", watch)
+    train(recipe, tmp_path, max_steps=1, dim=16)
+    assert asked == [("diffusion", 4)]
 
 
 def test_its_parameters_are_those_of_mdm_within_5_percent_with_and_without_a_vae():
