@@ -128,6 +128,15 @@ def test_the_blank_before_a_word_of_several_tokens_is_made_with_it(processor) ->
         assert "▁three" not in made
 
 
+def test_a_mask_of_none_is_no_mask(processor) -> None:
+    shown, asked = {"type": "image", "image": picture()}, {"type": "text", "text": "a three"}
+    plain = processor.apply_chat_template([{"role": "user", "content": [shown]}, *answer(asked)])
+    empty = {"mask": None}  # as the rows of a data set have it, whose parts all have the same columns
+    inputs = processor.apply_chat_template([{"role": "user", "content": [shown | empty]}, *answer(asked | empty)])
+    for name in plain:
+        assert inputs[name].equal(plain[name])
+
+
 def test_a_part_holds_one_picture(processor, pipe) -> None:
     marked = {"mask": UPPER}
     one = np.asarray(picture())
