@@ -2,8 +2,9 @@
 
 python examples/finetune_lora.py [--output-dir runs/lora] [--max-steps 600]
 
-Each step is of two batches, one of what is new and one of what the model knows, so that it stays known; half of that is
-image and caption from nothing, which is forgotten first. Prints every score before and after; the adapter alone is saved. Some twenty minutes on one core.
+Each step is of two batches, one of what is new and one of what the model knows, so that it stays known; half of that
+is image and caption from nothing, which is forgotten first. Prints every score before and after; the adapter alone is
+saved. Some twenty minutes on one core.
 """
 
 import argparse
