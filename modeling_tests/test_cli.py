@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdm_hf import cli
 from mdm_hf.cli import main
 from mdm_hf.evaluation.digits import over_seeds
 
@@ -349,3 +350,14 @@ def test_examples_run(name, arguments, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_selection_of_texts_has_a_number_or_is_off(command) -> None:
+    def given(value: str):
+        return cli._parser().parse_args([command, "--text-selection-tolerance", value]).text_selection_tolerance
+
+    assert given("off") is False
+    assert given("0.5") == 0.5
+    with pytest.raises(SystemExit):
+        given("of")
