@@ -37,7 +37,14 @@ OPS = {
 CONFIGURATION = {"configuration_mdm"}
 LAYOUT = {"sequence_layout", "input_checks"}  # how a row of token ids is read: between the ops and the models
 MODELS = {"modeling_mdm_vae", "modeling_mdm_block", "modeling_mdm_attention", "modeling_mdm"}
-PROCESSING = {"image_reading", "image_processing_mdm", "conversations", "processing_mdm", "processing_options"}
+PROCESSING = {
+    "image_reading",
+    "image_processing_mdm",
+    "conversations",
+    "known_images",
+    "processing_mdm",
+    "processing_options",
+}
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
 ARROWS: dict[str, set[str]] = {
@@ -97,7 +104,8 @@ ARROWS: dict[str, set[str]] = {
     "token_rows": set(),
     "conversations": set(),
     "processing_options": {"image_processing_mdm", "prompts"},
-    "processing_mdm": CONFIGURATION | {"conversations", "processing_options", "token_rows"},
+    "known_images": {"conversations", "image_processing_mdm"},
+    "processing_mdm": {"conversations", "known_images", "processing_options", "token_rows"},
     "choice_scores": {"prompts", "scoring_mdm"},
     "dialogue": {"conversation_state", "conversations", "input_checks", "prompts", "watching"},
     "pipeline_loading": PROCESSING | MODELS | {"checkpoints", "generation_configuration_mdm", "solvers"},

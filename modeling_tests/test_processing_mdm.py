@@ -700,6 +700,7 @@ def test_a_saved_processor_comes_back_equal(processor: MDMProcessor, load, tmp_p
         "conversations.py",
         "image_processing_mdm.py",
         "image_reading.py",
+        "known_images.py",
         "processing_mdm.py",
         "processing_options.py",
         "prompts.py",

@@ -11,7 +11,7 @@ with <|time_image|> or <|time_text|> before the first target segment of each mod
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers.processing_utils import ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from .conversations import MODALITIES, NO_CLASS, ConversationReader, Prompt, as_columns, as_modalities
+from .known_images import read_images
 from .processing_options import MDMProcessorKwargs, options_of, positive
 from .token_rows import CONTROL_TOKENS, continues, expand_placeholders, pad_rows, target_texts
 
@@ -336,12 +337,8 @@ class MDMProcessor(ProcessorMixin):
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         tokenized = self.tokenizer(rendered, return_offsets_mapping=True, **options)
 
-        for prompt in prompts:
-            self._open_masked(prompt, image_options.get("max_pixels"))
-        known = self._known_images(prompts, image_options, image_size)
-        known_grids = np.asarray(known.pop("image_grid_hw", [])).tolist()
-        is_whole = image_size is not None or not self._cuts(image_options)
-        patch_masks, known_images = self._patch_masks(prompts, known_grids, is_whole), iter(known_grids)
+        images = read_images(prompts, self.image_processor, image_options, image_size)
+        grids, patch_masks = iter(images.grids), iter(images.patch_masks)
         limits = canvas, self.longest_text
         rows = []
         of_rows = tokenized["input_ids"], tokenized["offset_mapping"]
@@ -357,7 +354,7 @@ class MDMProcessor(ProcessorMixin):
                 ids,
                 offsets,
                 self._ids,
-                known_images,
+                grids,
                 target_grid,
                 *limits,
                 self.tokenizer.decode,
@@ -378,58 +375,7 @@ class MDMProcessor(ProcessorMixin):
         data["class_ids"] = np.array([prompt.class_id for prompt in prompts], dtype=np.int64)
         if generate or not all(row.is_known for row in rows):
             del data["labels"]
-        return BatchFeature(data | known, tensor_type=row_options.get("return_tensors", "pt"))
-
-    def _known_images(self, prompts: list[Prompt], options: dict, image_size: Sequence[int] | None) -> dict[str, Any]:
-        """`pixel_values` or `image_latents` with `image_grid_hw`; nothing where there is no image."""
-        pictures = [image for prompt in prompts for image in prompt.images]
-        latents = [image for prompt in prompts for image in prompt.latents]
-        if pictures and latents:
-            raise ValueError(
-                f"Got {len(pictures)} image(s) as pictures and {len(latents)} as latents in one batch; need all of "
-                "one kind; split the batch, or encode the pictures too."
-            )
-        if latents:
-            return self.image_processor.pad_latents(latents)
-        if not pictures:
-            return {}
-        if image_size is None:
-            return dict(self.image_processor(pictures, **options))
-        height, width = image_size
-        of_targets = options | {
-            "do_resize": True,
-            "size": {"height": height, "width": width},
-            "aspect_ratio_buckets": False,
-        }
-        is_target = [number in prompt.target_images for prompt in prompts for number in range(len(prompt.images))]
-        pairs = zip(pictures, is_target, strict=True)
-        made = [self.image_processor([one], **of_targets if it else options) for one, it in pairs]
-        return self.image_processor.pad_pictures(made)
-
-    def _open_masked(self, prompt: Prompt, max_pixels: int | None) -> None:
-        """Pictures with a mask as arrays (c, h, w), upright, as the mask is to be."""
-        images = self.image_processor
-        for i in prompt.image_masks if prompt.images and not prompt.latents else ():
-            prompt.images[i] = images.process_image(images.fetch_images(prompt.images[i]), max_pixels=max_pixels)
-
-    def _cuts(self, options: dict) -> bool:
-        """Whether the image processor cuts pictures to a bucket's aspect ratio."""
-        given = {name: options.get(name) for name in ("do_resize", "aspect_ratio_buckets")}
-        return all(getattr(self.image_processor, name) if value is None else value for name, value in given.items())
-
-    def _patch_masks(
-        self, prompts: list[Prompt], grids: list[list[int]], is_whole: bool
-    ) -> Iterator[np.ndarray | None]:
-        """Of each known image in turn, which patches its mask marks; None where it has none."""
-        numbers = [(prompt, i) for prompt in prompts for i in range(len(prompt.images) + len(prompt.latents))]
-        for (prompt, i), grid in zip(numbers, grids, strict=True):
-            mask = prompt.image_masks.get(i)
-            if mask is None:
-                yield None
-            elif prompt.images:
-                yield self.image_processor.patch_mask(mask, grid, prompt.images[i].shape[1:], not is_whole)
-            else:
-                yield self.image_processor.patch_mask(mask, grid)
+        return BatchFeature(data | images.inputs, tensor_type=row_options.get("return_tensors", "pt"))
 
     @staticmethod
     def _length(rows: list, options: dict) -> int:
