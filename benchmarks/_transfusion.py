@@ -253,7 +253,7 @@ class TransfusionModel(nn.Module):
         draws from its own generator.
         """
         self.eval()
-        names = ("num_inference_steps", "guidance_scale", "text_temperature")
+        names = ("num_inference_steps", "guidance_scale", "guidance_interval", "text_temperature")
         options = {n: getattr(self.generation_config, n) if given.get(n) is None else given[n] for n in names}
         rows = self.rows({"input_ids": input_ids} | given)
         sequences = input_ids.clone()
@@ -270,8 +270,9 @@ class TransfusionModel(nn.Module):
         drawers = [i for i, row in enumerate(rows) if row.image is not None]
         for grid in sorted({rows[i].image for i in drawers}):
             alike = [i for i in drawers if rows[i].image == grid]
-            steps, scale = options["num_inference_steps"], options["guidance_scale"]
-            drawn = self._draw([rows[i].prompt for i in alike], grid, steps, scale, [generator[i] for i in alike])
+            guidance = options["guidance_scale"], *(options["guidance_interval"] or (0.0, 1.0))
+            of_rows = [rows[i].prompt for i in alike], [generator[i] for i in alike]
+            drawn = self._draw(*of_rows, grid, options["num_inference_steps"], *guidance)
             for i, image in zip(alike, drawn, strict=True):
                 images[i].append(image)
         return MDMGenerateOutput(sequences=sequences, images=images)
@@ -294,12 +295,25 @@ class TransfusionModel(nn.Module):
                 texts[i].append(drawn[i])
         return texts
 
-    def _draw(self, prompts: list[list], grid: tuple[int, int], steps: int, scale: float, generators: list) -> Tensor:
-        """An image of `grid` patches after each prompt: (b, channels, height, width) in [-1, 1]."""
+    def _draw(
+        self,
+        prompts: list[list],
+        generators: list,
+        grid: tuple[int, int],
+        steps: int,
+        guidance: float,
+        low: float,
+        high: float,
+    ) -> Tensor:
+        """An image of `grid` patches after each prompt: (b, channels, height, width) in [-1, 1].
+
+        There is guidance where low <= 1 - t <= high: the package's t is 1 without noise.
+        """
         size, count = self.sizes.patch_dim, grid[0] * grid[1]
         bare = [self.ids["assistant"], self.ids["time_image"]]
 
         def flow(z: Tensor, t: float) -> Tensor:
+            scale = guidance if low <= 1 - t <= high else 1
             rows = [[*prompt, one] for prompt, one in zip(prompts, z, strict=True)]
             rows += [[*bare, one] for one in z] if scale != 1 else []
             embed, lengths = self._embed(rows, t)

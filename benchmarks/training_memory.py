@@ -24,8 +24,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration
+from mdm_hf.allocator import keep_freed_memory
 from mdm_hf.training.memory import estimate_training, largest_batch
-from mdm_hf.training.trainer import EMACallback, MDMTrainer, keep_freed_memory
+from mdm_hf.training.trainer import EMACallback, MDMTrainer
 
 
 # Name -> preset, rows, patches of the image, tokens of the text, LoRA, gradient checkpointing.

@@ -41,12 +41,13 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf.allocator import keep_freed_memory
 from mdm_hf.evaluation.pictures import picture_grid
 from mdm_hf.modeling_mdm_vae import MDMVAEModel
 from mdm_hf.training.assembly import make_config, make_mix, make_processor
 from mdm_hf.training.muon import muon_for
 from mdm_hf.training.recipe import MUON, OF_FITTED, load_recipe, stage_options
-from mdm_hf.training.trainer import ConversationCollator, keep_freed_memory
+from mdm_hf.training.trainer import ConversationCollator
 
 
 CHECKPOINT, WEIGHTS, SETTINGS = "checkpoint.pt", "model.safetensors", "baseline.json"

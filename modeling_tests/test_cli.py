@@ -1,6 +1,7 @@
 """Claims about the command line and the examples: each runs as its help and the README say."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,29 @@ def test_demo_writes_one_picture_of_every_task(tmp_path, capsys):
     width, height = Image.open(output).size
     assert width > 900
     assert height > 500
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its allocator is glibc's")
+def test_the_command_line_keeps_freed_memory_and_the_package_leaves_the_allocator_alone():
+    script = """
+import resource, sys
+import torch
+from mdm_hf import cli
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+assert cli.main(["train", "no such recipe"]) == 2
+faults()
+print(faults())
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with_import, with_command = map(int, ran.stdout.split())
+    assert with_import > 1000 > 10 * with_command  # of up to 16,384 pages; fewer where they are large ones
 
 
 def test_generate_prints_text_and_writes_a_grid(tmp_path, capsys):

@@ -22,8 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, denoiser, generation_mdm
+from mdm_hf import MDMForMultiModalGeneration, MDMGenerationConfig, MDMModel, denoiser, generation_mdm
 from mdm_hf.solvers import solver_named
+
+
+GUIDANCE = pytest.mark.parametrize(
+    "guidance",
+    [{}, {"guidance_scale": 2.5}, {"guidance_scale": 2.5, "guidance_interval": (0.3, 0.7)}],
+    ids=["unguided", "guided", "between"],
+)
 
 
 def same_outputs(a, b, atol=3e-5):
@@ -34,17 +41,17 @@ def same_outputs(a, b, atol=3e-5):
             torch.testing.assert_close(image, other, atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@GUIDANCE
 @pytest.mark.parametrize("sharing", ["shared", "independent", "alternate"])
-def test_the_condition_cache_changes_no_sample(sharing, guidance_scale):
+def test_the_condition_cache_changes_no_sample(sharing, guidance):
     model = tiny_model(scan_sharing=sharing)
     cached, uncached = (
         model.generate(
             **batch(KINDS),
             generator=generators(range(5)),
-            guidance_scale=guidance_scale,
             num_inference_steps=6,
             use_cache=use_cache,
+            **guidance,
         )
         for use_cache in (True, False)
     )
@@ -74,10 +81,10 @@ def test_the_condition_cache_gives_the_hidden_states_of_the_full_run():
         torch.testing.assert_close(targets[i, :count], full[i, size - count : size], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_a_sample_is_the_same_alone_and_in_a_batch(guidance_scale):
+@GUIDANCE
+def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
     model = tiny_model()
-    options = {"guidance_scale": guidance_scale, "num_inference_steps": 6}
+    options = {"num_inference_steps": 6, "modality_lag": 0.5} | guidance
     together = model.generate(**batch(KINDS), generator=generators(range(5)), **options)
     for i, kind in enumerate(KINDS):
         alone = model.generate(**batch([kind]), generator=generators([i]), **options)
@@ -179,8 +186,9 @@ def test_the_watch_for_waits_sees_them():
     assert waits.found == ["_local_scalar_dense", "index", "_local_scalar_dense"]
 
 
+@pytest.mark.parametrize("interval", [None, (0.3, 0.7)])
 @pytest.mark.parametrize("lag", [1.0, 0.0])
-def test_no_step_of_the_loop_waits_for_the_device(monkeypatch, lag):
+def test_no_step_of_the_loop_waits_for_the_device(monkeypatch, lag, interval):
     """Network calls and steps of the default solver."""
     waits = WaitsForTheDevice()
     steps = []
@@ -197,7 +205,8 @@ def test_no_step_of_the_loop_waits_for_the_device(monkeypatch, lag):
 
     for part, name in ((denoiser.Denoiser, "predict"), (generation_mdm._Track, "advance")):
         monkeypatch.setattr(part, name, watched(getattr(part, name)))
-    tiny_model().generate(**batch(KINDS), num_inference_steps=3, guidance_scale=2.0, modality_lag=lag)
+    options = {"guidance_scale": 2.0, "guidance_interval": interval, "modality_lag": lag}
+    tiny_model().generate(**batch(KINDS), num_inference_steps=3, **options)
     assert set(steps) == {"predict", "advance"}
     assert waits.found == []
 
@@ -329,6 +338,70 @@ def test_guidance_extrapolates_from_the_row_without_its_conditions():
 
     expected = one_call(bare, 1.0) + 2.0 * (one_call(conditioned, 1.0) - one_call(bare, 1.0))
     torch.testing.assert_close(one_call(conditioned, 2.0), expected, atol=1e-5, rtol=1e-5)
+
+
+def network_calls(model, inputs, **options):
+    """What `generate` gives, the rows that each network call of a step saw, and z_t after each."""
+    rows, latents = [], []
+    denoise = MDMModel.denoise
+
+    def watch(self, z, *rest):
+        rows.append(len(z))
+        return denoise(self, z, *rest)
+
+    def after(model, step, times, tensors):
+        latents.append(tensors["latents"].clone())
+
+    with mock.patch.object(MDMModel, "denoise", watch):
+        out = model.generate(**inputs, generator=generators([0]), callback_on_step_end=after, **options)
+    return out, rows[1:], latents  # the first pass reads the conditions
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "caption"])
+def test_guidance_acts_within_its_interval_alone_and_the_other_calls_see_half_the_rows(kind):
+    """Before it the latents are those without guidance, after it those that follow from there without guidance."""
+    model, inputs = tiny_model(), batch([kind])
+    options = {"num_inference_steps": 10, "scheduler": DDIMScheduler(prediction_type="sample")}
+    guided = {"guidance_scale": 3.0, "guidance_interval": (0.25, 0.65)}
+    between, rows, latents = network_calls(model, inputs, **options, **guided)
+    _, of_plain, plain = network_calls(model, inputs, **options)
+    assert of_plain == [1] * 10
+    assert rows == [1, 1, 1, 1, 2, 2, 2, 2, 1, 1]  # at t = 1, 0.9, ..., 0.1
+    torch.testing.assert_close(latents[:4], plain[:4], atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(latents[4], plain[4], atol=1e-3)
+
+    def go_on(model, step, times, tensors):
+        return {"latents": latents[7]} if step == 7 else None
+
+    after = model.generate(**inputs, generator=generators([0]), callback_on_step_end=go_on, **options)
+    same_outputs(after, between)
+    _, of_whole, whole = network_calls(model, inputs, **options, guidance_scale=3.0)
+    assert of_whole == [2] * 10
+    assert not torch.allclose(whole[0], latents[0], atol=1e-3)
+
+
+def test_an_interval_between_the_calls_is_no_guidance_and_one_over_all_of_them_is_none():
+    model, inputs = tiny_model(), batch(["text_to_image"])
+    plain, between, guided, over_all = (
+        model.generate(**inputs, generator=generators([0]), num_inference_steps=10, **options).latents
+        for options in (
+            {},
+            {"guidance_scale": 3.0, "guidance_interval": (0.51, 0.59)},
+            {"guidance_scale": 3.0},
+            {"guidance_scale": 3.0, "guidance_interval": (0, 1)},
+        )
+    )
+    torch.testing.assert_close(plain, between, atol=2e-5, rtol=1e-5)
+    assert guided.equal(over_all)
+
+
+@pytest.mark.parametrize("lag", [1.0, -1.0])
+def test_a_modality_without_guidance_costs_one_row_while_the_other_waits_or_is_done(lag):
+    options = {"guidance_scale": 2.0, "text_guidance_scale": 1.0, "num_inference_steps": 3, "modality_lag": lag}
+    out, rows, _ = network_calls(tiny_model(), batch(["both"]), **options)
+    assert rows == ([1] * 3 + [2] * 3 if lag == 1 else [2] * 3 + [1] * 3)
+    selected, rows, _ = network_calls(tiny_model(), batch(["both"]), **options, selection_tolerance=0.0)
+    assert rows == ([2] * 6 if lag == 1 else [2] * 3 + [1] * 3)  # what is to be guided yet has to know what was said
 
 
 @pytest.mark.parametrize(
@@ -485,6 +558,11 @@ def test_generation_config_travels_with_the_model(tmp_path):
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a number, 0 or more"),
         ({"text_guidance_scale": -1}, "`text_guidance_scale` is -1; it must be a number, 0 or more"),
+        ({"guidance_interval": (0.7, 0.2)}, "`guidance_interval` is (0.7, 0.2); it must be two times, low and high"),
+        ({"guidance_interval": (0, 1.1)}, "`guidance_interval` is (0, 1.1); it must be two times"),
+        ({"guidance_interval": [0.2]}, "`guidance_interval` is [0.2]; it must be two times"),
+        ({"guidance_interval": (float("nan"), 1)}, "`guidance_interval` is (nan, 1); it must be two times"),
+        ({"guidance_interval": "all"}, "`guidance_interval` is 'all'; it must be two times"),
         ({"text_temperature": 0}, "`text_temperature` is 0; it must be a number above 0 (1 is the model's own)"),
         ({"modality_lag": 2}, "`modality_lag` is 2; it must lie in [-1, 1]"),
         ({"temperature": 2}, "Unknown generation option(s) ['temperature']"),

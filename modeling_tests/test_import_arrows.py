@@ -48,6 +48,7 @@ PROCESSING = {
 
 # Each runtime file and the siblings it may import. A new file takes its place here, and in the house's plan.
 ARROWS: dict[str, set[str]] = {
+    "allocator": set(),  # of a process as a whole: no file of a model may set it
     "pixel_autoencoder": set(),
     "configuration_mdm": {"pixel_autoencoder"},  # what stands in a config, it says itself
     "noise_schedule": set(),
@@ -119,6 +120,7 @@ NEVER_AT_RUNTIME = {"cli"}  # stays at home, beside the folders training/ and ev
 
 # The files of training/: the siblings each may import, beside anything at runtime. Only readers.py reads data sets.
 TRAINING_ARROWS: dict[str, set[str]] = {
+    "allocator": set(),  # of a process as a whole: no file of a model may set it
     "__init__": set(),
     "blocks": set(),
     "gaps": set(),

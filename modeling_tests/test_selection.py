@@ -79,7 +79,7 @@ def oracle(model):
         view = view_of.get("now")
         if view is not None:
             skipped = view.skipped.repeat(len(out) // len(view.skipped), 1).unsqueeze(-1)
-            last[module] = out if module not in last else torch.where(skipped, last[module], out)
+            last[module] = out if module not in last else torch.where(skipped, last[module][: len(out)], out)
             return last[module]
 
     hooks = [
@@ -96,14 +96,17 @@ def oracle(model):
 
 
 @pytest.mark.parametrize("modality_lag", [0.0, 0.5])
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "guidance",
+    [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": (0.5, 0.8)}],
+    ids=["unguided", "guided", "between"],
+)
 @pytest.mark.parametrize(
     "kind", [{}, {"scan_sharing": "independent"}, {"scan_sharing": "alternate"}, {"backbone": "transformer"}]
 )
-def test_what_is_skipped_is_read_as_it_was_last(kind, guidance_scale, modality_lag) -> None:
+def test_what_is_skipped_is_read_as_it_was_last(kind, guidance, modality_lag) -> None:
     model, inputs = tiny_model(**kind), batch(KINDS)
-    options = {"selection_tolerance": 3.0, "guidance_scale": guidance_scale, "num_inference_steps": 8}
-    options["modality_lag"] = modality_lag
+    options = {"selection_tolerance": 3.0, "num_inference_steps": 8, "modality_lag": modality_lag} | guidance
     fast, plain = drawn(model, inputs, **options), drawn(model, inputs, **options | {"selection_tolerance": None})
     with oracle(model):
         slow = drawn(model, inputs, **options)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -285,6 +286,24 @@ def test_a_variant_that_is_timed_on_a_busy_machine_still_gets_its_steps(recipe, 
     assert steps_within(100, None, plain, tmp_path) == (200, 0.5)
     theirs = iter([0.6, 0.45])
     assert steps_within(100, lambda: next(theirs), plain, tmp_path) == (400, 0.25)
+
+
+def test_a_pace_is_that_of_the_diffusion_stage_without_the_gate(tmp_path, monkeypatch) -> None:
+    ran = []
+
+    def run(timed: dict, draw) -> None:
+        ran.append(timed["stages"])
+        Path(timed["output_dir"]).mkdir()
+        draw(None, 20)
+        draw(None, 60)
+
+    monkeypatch.setattr(module, "run_recipe", run)
+    changes = ["stages.tokenizer=", "stages.vae=", "processor=any"]
+    plain = load_recipe(Path(__file__).parents[1] / "recipes" / "shapes.yaml", changes)
+    assert module.seconds_a_step(plain, tmp_path / "timed") >= 0
+    [stages] = ran
+    assert [*stages] == ["diffusion"]
+    assert "gate" in plain["stages"]
 
 
 def test_experiments_are_named_in_the_help_and_unknown_ones_refused(recipe, tmp_path, capsys) -> None:

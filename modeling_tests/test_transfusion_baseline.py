@@ -130,6 +130,20 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(guidance_scale):
     assert together[0]["text"] != together[1]["text"]
 
 
+def test_its_guidance_acts_within_the_interval_alone(monkeypatch):
+    model, seen = small_model(), []
+    embed = TransfusionModel._embed
+
+    def watch(self, prompts, t=1.0):
+        seen.append((round(1 - t, 3), len(prompts)))
+        return embed(self, prompts, t)
+
+    monkeypatch.setattr(TransfusionModel, "_embed", watch)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "guidance_interval": (0.25, 0.6)}
+    TransfusionPipeline(model, PROCESSOR)(class_ids=[3], generate="image", seed=0, **options)
+    assert seen == [(1.0, 1), (0.75, 1), (0.5, 2), (0.25, 2)]
+
+
 def test_it_is_called_like_mdm_s_pipeline_on_every_task():
     pipe, own = TransfusionPipeline(small_model(), PROCESSOR), MDMPipeline.from_pretrained(CARD)
     own.set_progress_bar_config(disable=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .allocator import keep_freed_memory
 from .conversion import command as conversion
 from .evaluation.benchmarks import BENCHMARKS
 from .publishing import command as publishing
@@ -16,6 +17,7 @@ from .publishing import command as publishing
 
 DEFAULT_MODEL = "model_cards/mdm-digits"
 MODEL_HELP = "folder or Hub repository (default: %(default)s)"
+INTERVAL = "times between which there is guidance; 1 is pure noise, 0 done (default: the model's)"
 SELECTION = "nats of a token at which it is decided, and stays; 0.5 is 61%%; off (default: the model's)"
 
 
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # key=value that stands after a flag
         options.changes += more
+    keep_freed_memory()
     try:
         if "model" in options:
             _check_model(options.model)
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     generate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
+    generate.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=INTERVAL)
     generate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
     generate.add_argument("--text-selection-tolerance", type=_tolerance, help=SELECTION)
     generate.add_argument(
@@ -178,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, default=20, help="solver steps of each modality (default: %(default)s)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
+    evaluate.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=INTERVAL)
     evaluate.add_argument("--text-temperature", type=float, help="of token predictions (default: the model's)")
     evaluate.add_argument("--text-selection-tolerance", type=_tolerance, help=SELECTION)
     evaluate.add_argument(
@@ -300,6 +305,7 @@ def _generate(options) -> None:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         text_guidance_scale=options.text_guidance_scale,
+        guidance_interval=options.guidance_interval,
         text_temperature=options.text_temperature,
         text_selection_tolerance=options.text_selection_tolerance,
         modality_lag=options.modality_lag,

@@ -3,6 +3,7 @@
 - Conditions are read once, into a cache from which every network call starts.
 - Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
   prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
+  Calls in which no row is guided do without that half.
 - What is frozen becomes a condition, in its place. With token selection (paper Sec. 3.2, Theorem 3) it is projected
   once more, clean, and from then on skipped: the scans read what was kept of it, so that later calls cost less.
 
@@ -11,13 +12,14 @@ Symbols
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .noise_schedule import add_noise
 from .score_entropy import image_score_entropy_exact, text_score_entropy
-from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
+from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions, rows_of
 
 
 class Denoiser:
@@ -25,6 +27,7 @@ class Denoiser:
 
     def __init__(self, model, layout, conditions, noise, class_ids, image_grid_hw, scales: dict, sampling, state):
         self.model, self.scales, self.full_layout = model, scales, layout
+        self.interval = sampling.guidance_interval or (0.0, 1.0)
         self.text_temperature, use_cache = sampling.text_temperature, sampling.use_cache
         targets = {"image": layout.is_target & layout.is_patch, "text": layout.is_target & layout.is_text}
         self.guided = any(scale != 1 and bool(targets[name].any()) for name, scale in scales.items())
@@ -41,7 +44,7 @@ class Denoiser:
         if sampling.text_selection_tolerance is not None:
             self.tolerances["text"] = sampling.text_selection_tolerance
         self.tolerances = {name: None if value is False else value for name, value in self.tolerances.items()}
-        self.selects = any(tolerance is not None for tolerance in self.tolerances.values())
+        self.selects = any(self.tolerances[name] is not None and bool(targets[name].any()) for name in targets)
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None
         self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
@@ -179,9 +182,33 @@ class Denoiser:
             t[:, column] = torch.where(track.rows, track.time_after(calls), t[:, column])
         return t
 
+    def _guided(self, tracks: list, step: int) -> Iterator:
+        """The tracks that are guided in the call after `step`."""
+        low, high = self.interval
+        for track in tracks if self.guided else ():
+            moves = track.first <= step < track.last
+            if moves and self.scales[track.modality] != 1 and low <= track.time_after(step) <= high:
+                yield track
+
+    def _conditional(self, layout: SequenceLayout) -> tuple:
+        """Layout, plan, classes and cache of the first half of each pair."""
+        half = slice(len(self.live))
+        cache = None if self.cache is None else [states.take(half) for states in self.cache]
+        return rows_of(layout, half), rows_of(self.plan, half), self.class_ids[half], cache
+
+    def _end_guidance(self) -> None:
+        """Leaves the unconditional half, for good."""
+        half = slice(len(self.live))
+        self.pair_layout, self.plan, self.class_ids, self.cache = self._conditional(self.pair_layout)
+        self.pair_level, self.pair_target, self.guided = self.pair_level[half], self.pair_target[half], False
+        self._look()
+
     def predict(self, z: Tensor, tracks: list, step: int) -> Tensor:
         """z0-hat (b, m, d) after `step` network calls are done."""
         model, vae = self.model, self.model.model.vae
+        end = max(track.last for track in tracks)
+        if self.guided and not any(any(self._guided(tracks, later)) for later in range(step, end)):
+            self._end_guidance()
         t, ended = self._times(tracks, step), [track for track in tracks if track.last == step]
         for track in ended:
             self.is_done[track.at] = True
@@ -190,24 +217,30 @@ class Denoiser:
             self._look()
         whole, live = z, self.live
         z, is_done, noise = pick(z, live), self.is_done.gather(1, live), pick(self.noise, live)
-        if self.guided:
+        guided = [*self._guided(tracks, step)]
+        is_pair = self.guided and (bool(guided) or self.selects)  # selection keeps account of both halves
+        z_pair, t_pair, given = z, t, (self.live_pair, self.plan, self.class_ids, self.cache)
+        if is_pair:
             z_pair = torch.cat([z, torch.where(is_done.unsqueeze(-1), noise, z)])
             t_pair = torch.cat([t, torch.where(t == 0, torch.ones_like(t), t)])
-        else:
-            z_pair, t_pair = z, t
-        hidden = model.model.denoise(z_pair, self.live_pair, self.plan, t_pair, self.class_ids, self.cache)
-        level = model.model.alpha_bar_at(self.live_pair, t_pair)
-        z_0 = model.predict_latents(hidden, z_pair, level)
-        if not self.guided:
-            with_conditions = mixed = z_0
-        else:
-            with_conditions, without = z_0.chunk(2)
-            mixed = without + self.scales["image"] * (with_conditions - without)
+        elif self.guided:
+            given = self._conditional(self.live_pair)
+        layout, plan, class_ids, cache = given
+        hidden = model.model.denoise(z_pair, layout, plan, t_pair, class_ids, cache)
+        z_0 = model.predict_latents(hidden, z_pair, model.model.alpha_bar_at(layout, t_pair))
+        with_conditions, without = z_0.chunk(2) if is_pair else (z_0, z_0)
+        mixed = with_conditions
+        for track in guided:
+            if track.modality == "image":
+                extrapolated = without + self.scales["image"] * (with_conditions - without)
+                mixed = torch.where(track.rows.view(-1, 1, 1), extrapolated, mixed)
         if len(self.text[0]):
             logits = vae.decode_tokens(with_conditions[self.text].to(model.dtype)).float()
-            if self.guided:
-                bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
-                logits = bare + self.scales["text"] * (logits - bare)
+            for track in guided:
+                if track.modality == "text":
+                    bare = vae.decode_tokens(without[self.text].to(model.dtype)).float()
+                    extrapolated = bare + self.scales["text"] * (logits - bare)
+                    logits = torch.where(track.rows[self.text[0]].unsqueeze(-1), extrapolated, logits)
             self.logits = logits if self.selects else None
             latent = vae.expected_token_latent(logits / self.text_temperature)
             mixed = mixed.index_put(self.text, latent.float())

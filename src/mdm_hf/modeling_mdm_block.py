@@ -62,9 +62,10 @@ class MDMConditionCache:
     values: Tensor | None = None
     is_real: Tensor | None = None
 
-    def take(self, rows: Tensor) -> "MDMConditionCache":
+    def take(self, rows: Tensor | slice) -> "MDMConditionCache":
         """A cache of the `rows` (p,) of this one; a row may be taken many times."""
         taken: dict[str, Any] = {name: v[rows] if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        taken["projected"] = None if self.projected is None else [one[rows] for one in self.projected]
         return MDMConditionCache(**taken)
 
     def complete(self, projected: list[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ Symbols
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ class AttentionPlan:
     sees: Tensor  # (b, 1, l, l): [query, key]
     cos: Tensor  # (b, 1, l, head_dim / 2), fp32
     sin: Tensor
+
+
+Rows = TypeVar("Rows", SequenceLayout, ScanPlan | AttentionPlan)
 
 
 def _isin(ids: Tensor, tokens: list[int]) -> Tensor:
@@ -246,6 +250,12 @@ def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     longest = max(int(mask.sum(1).max()), 1)
     index = torch.argsort(mask.long(), dim=1, stable=True, descending=True)[:, :longest]
     return index, mask.gather(1, index)
+
+
+def rows_of(value: Rows, rows: slice) -> Rows:
+    """Some rows of a layout or a plan."""
+    tensors = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()})
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ neither the model nor the judge is trained on those.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -56,6 +57,7 @@ def evaluate_digits(
     num_inference_steps: int = 20,
     guidance_scale: float | None = None,
     text_guidance_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
     text_temperature: float | None = None,
     text_selection_tolerance: float | None = None,
     seed: int = 0,
@@ -66,7 +68,8 @@ def evaluate_digits(
         pipe: [`MDMPipeline`] of a model trained on the digits.
         num_samples: Samples per task.
         num_inference_steps: Solver steps of each.
-        guidance_scale, text_guidance_scale, text_temperature, text_selection_tolerance: The model's defaults if None.
+        guidance_scale, text_guidance_scale, guidance_interval, text_temperature, text_selection_tolerance: The model's
+            defaults if None.
         seed: Of samples, captions and questions; no two seeds share a sample.
 
     Returns:
@@ -86,6 +89,7 @@ def evaluate_digits(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "text_guidance_scale": text_guidance_scale,
+        "guidance_interval": guidance_interval,
         "text_temperature": text_temperature,
         "text_selection_tolerance": text_selection_tolerance,
     }
@@ -179,6 +183,7 @@ def run(options) -> dict:
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
             text_guidance_scale=options.text_guidance_scale,
+            guidance_interval=options.guidance_interval,
             text_temperature=options.text_temperature,
             text_selection_tolerance=options.text_selection_tolerance,
             seed=seed,

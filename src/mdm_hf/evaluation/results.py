@@ -17,7 +17,13 @@ from transformers.utils import logging
 
 
 CONFIGS = ("generation_config.json", "*processor_config.json", "token*.json", "*.jinja", "scheduler/*.json")
-SAMPLING = ("guidance_scale", "text_guidance_scale", "text_temperature", "text_selection_tolerance")
+SAMPLING = (
+    "guidance_scale",
+    "text_guidance_scale",
+    "guidance_interval",
+    "text_temperature",
+    "text_selection_tolerance",
+)
 
 
 def settings_hash(settings: dict) -> str:

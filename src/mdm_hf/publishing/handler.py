@@ -26,6 +26,7 @@ PARAMETERS = (
     "num_inference_steps",
     "guidance_scale",
     "text_guidance_scale",
+    "guidance_interval",
     "text_temperature",
     "selection_tolerance",
     "text_selection_tolerance",

@@ -21,6 +21,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..allocator import keep_freed_memory
 from ..configuration_mdm import MDMConfig
 from ..generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from ..modeling_mdm import MDMForMultiModalGeneration
@@ -40,7 +41,7 @@ from .assembly import (
 from .gate import HELD_OUT, fit_gate
 from .pictures import Drawer, reconstructions_drawer, samples_drawer
 from .recipe import MUON, OF_FITTED, STAGES, builds_processor, stage_options
-from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback, keep_freed_memory
+from .trainer import ConversationCollator, EMACallback, MDMTrainer, SampleGridCallback
 
 
 logger = logging.get_logger(__name__)

@@ -1,7 +1,5 @@
 """Training with the Hugging Face Trainer: loss parts in the log, EMA, sample grids, exact resume."""
 
-import ctypes
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +30,6 @@ logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
 UNFINISHED = ".unfinished"
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory instead of returning each large tensor to the system.
-
-    Training on a CPU otherwise spends much of its time in page faults. Returns whether the allocator is glibc's and
-    took all three settings; elsewhere nothing changes.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # names of mallopt(3)
-    libc = ctypes.CDLL(None)
-    return all(libc.mallopt(*s) for s in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
 
 
 def unsharded(tensor: Tensor) -> Tensor:
