@@ -86,11 +86,19 @@ class Run:
                 blocks.append(Block(slice(i, i_end), slice(j, j_end), all_m))
         return blocks
 
-    def scaled(self, value: Tensor, factor: Tensor, block: Block, out: Tensor) -> Tensor:
-        """B or C of a block, for each head times `factor` (m, g, r, q, 1), in the memory of `out`: (m h, q, n)."""
-        out = out[: block.m.stop - block.m.start]
-        torch.mul(value[block.m].unsqueeze(2), factor[block.m], out=self.by_group(out))
+    def side_by_side(self, value: Tensor, factor: Tensor, block: Block, out: Tensor) -> Tensor:
+        """x or dy of a block, (rows, c, q, h, p), times `factor` (m, g, r, q, 1): (m g, q, r p), in memory of `out`
+        (m, g, q, r p). The heads of a group share B and C: side by side, one matrix product with these does for all.
+        """
+        shape = value.shape[:2]
+        factor = factor[block.m].unflatten(0, shape).transpose(3, 4)
+        product = out.view(*out.shape[:-1], -1, value.shape[-1]).unflatten(0, shape)
+        torch.mul(value.unflatten(3, (self.g, -1)).transpose(2, 3), factor, out=product)
         return out.flatten(0, 1)
+
+    def apart(self, value: Tensor, p: int) -> Tensor:
+        """What stands side by side, (m g, q, r p), as (m, g, r, q, p)."""
+        return value.view(-1, self.g, self.q, value.shape[-1] // p, p).transpose(2, 3)
 
     def M_diagonal(self, D: Tensor | None) -> Tensor:
         """dt_t C_t . B_t + D: (m, h, q)."""
@@ -175,35 +183,37 @@ def scan_in_chunks(
     has_states = total > 1 or initial_states is not None
     keep_states = keep_states and has_states
     states = dt.new_empty(b * total if keep_states else 0, h, p, n)
+    changes = total > 1 or need_final_state
     state = (
         dt.new_zeros(b, h, p, n)
         if initial_states is None
-        else initial_states.to(dt.dtype, copy=True, memory_format=torch.contiguous_format)
+        else initial_states.to(dt.dtype, copy=changes, memory_format=torch.contiguous_format)
     )
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for run, kept in zip(runs, states.split([b * run.c if keep_states else 0 for run in runs]), strict=True):
         q, x_run, y_run, blocks = run.q, run.steps(x), run.steps(y), run.blocks()
         most = blocks[0].m.stop
-        x_heads, y_heads, scaled, M_memory = (dt.new_empty(most, h, q, size) for size in (p, p, n, q))
+        x_heads, y_heads, M_memory = (dt.new_empty(most, h, q, size) for size in (p, p, q))
+        beside = dt.new_empty(most, run.g, q, h // run.g * p)
         state_is_read_later = run is not runs[-1] or run.c > 1 or need_final_state
         if state_is_read_later:
             added_memory = dt.new_empty(most, h, p, n)  # to the state, by each chunk
             to_end, decay = run.to_end(), run.decay()
         if has_states:
             from_start = run.from_start()
-            before_memory = dt.new_empty(0 if keep_states else most, h, p, n)
+            before_memory = dt.new_empty(most if changes and not keep_states else 0, h, p, n)
         M_diagonal = run.M_diagonal(D)
         for block in blocks:  # of a row, in the order of their chunks
             size, rows = block.m.stop - block.m.start, block.rows
             x_block = heads_first(x_run[rows, block.chunks], out=x_heads[:size])
             if has_states:
-                before = kept[block.m] if keep_states else before_memory[:size]
+                before = kept[block.m] if keep_states else before_memory[:size] if changes else state[rows]
             if state_is_read_later:
-                write = run.scaled(run.B, to_end, block, out=scaled)
+                write = run.side_by_side(x_run[rows, block.chunks], to_end, block, out=beside[:size])
                 added = added_memory[:size]
-                torch.bmm(x_block.mT, write, out=added.view(-1, p, n))
+                torch.bmm(write.mT, run.B[block.m].flatten(0, 1), out=added.view(size * run.g, -1, n))
             for i, c in enumerate(range(block.chunks.start, block.chunks.stop)):
-                if has_states:
+                if has_states and (changes or keep_states):
                     before.unflatten(0, (rows.stop - rows.start, -1))[:, i] = state[rows]
                 if state_is_read_later:
                     state[rows].mul_(decay[rows, c]).add_(added.unflatten(0, (rows.stop - rows.start, -1))[:, i])
@@ -213,8 +223,9 @@ def scan_in_chunks(
             diagonal(M).copy_(M_diagonal[block.m])
             y_block = torch.bmm(M.view(-1, q, q), x_block, out=y_heads[:size].view(-1, q, p))
             if has_states:
-                read = run.scaled(run.C, from_start, block, out=scaled)
-                y_block.baddbmm_(read, before.view(-1, p, n).mT)
+                read = beside[:size].flatten(0, 1)
+                torch.bmm(run.C[block.m].flatten(0, 1), before.view(size * run.g, -1, n).mT, out=read)
+                run.by_group(y_heads[:size]).addcmul_(run.apart(read, p), from_start[block.m])
             steps_first(y_block, out=y_run[rows, block.chunks])
     return y, state if need_final_state else None, states if keep_states else None
 
@@ -249,9 +260,8 @@ def differentiate_in_chunks(
     for run, before in reversed(list(zip(runs, split, strict=True))):
         q, x_run, dy_run, dx_run, blocks = run.q, run.steps(x), run.steps(dy), run.steps(dx), run.blocks()
         most = blocks[0].m.stop
-        x_heads, dy_heads, dx_heads, scaled, M_memory, E_memory = (
-            dt.new_empty(most, h, q, size) for size in (p, p, p, n, q, q)
-        )
+        x_heads, dy_heads, dx_heads, M_memory, E_memory = (dt.new_empty(most, h, q, size) for size in (p, p, p, q, q))
+        beside, state_memory = (dt.new_empty(most, run.g, q, h // run.g * p) for _ in range(2))
         has_after = d_state is not None or run.c > 1
         if has_states or has_after:
             d_state = dt.new_zeros(b, h, p, n) if d_state is None else d_state
@@ -273,9 +283,12 @@ def differentiate_in_chunks(
             M, E, CB = M_memory[:size], E_memory[:size], run.CB[block.m].unsqueeze(2)
             x_block = heads_first(x_run[rows, block.chunks], out=x_heads[:size])
             dy_block = heads_first(dy_run[rows, block.chunks], out=dy_heads[:size])
+            B_block, C_block = run.B[block.m].flatten(0, 1), run.C[block.m].flatten(0, 1)
+            of_state = state_memory[:size].flatten(0, 1)
             if has_states:
-                read, d_before = run.scaled(run.C, from_start, block, out=scaled), d_before_memory[:size]
-                torch.bmm(dy_block.mT, read, out=d_before.view(-1, p, n))
+                dy_beside = run.side_by_side(dy_run[rows, block.chunks], from_start, block, out=beside[:size])
+                d_before = d_before_memory[:size]
+                torch.bmm(dy_beside.mT, C_block, out=d_before.view(size * run.g, -1, n))
             if has_after:
                 d_after = d_after_memory[:size]
             for i, c in reversed(list(enumerate(range(block.chunks.start, block.chunks.stop)))):
@@ -296,17 +309,17 @@ def differentiate_in_chunks(
             diagonal(M).copy_(M_diagonal[block.m])
             dx_block = torch.bmm(M.view(-1, q, q).mT, dy_block, out=dx_heads[:size].view(-1, q, p))
             if has_states:
-                d_read = torch.bmm(dy_block, before[block.m].view(-1, p, n), out=scaled[:size].view(-1, q, n))
-                d_read = d_read.view(size, run.g, -1, q, n).mul_(from_start[block.m])
-                torch.sum(d_read, dim=2, out=dC_run[block.m])
-                row_sums[block.m] += d_read.mul_(run.C[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
+                H = before[block.m].view(size * run.g, -1, n)
+                torch.bmm(dy_beside, H, out=dC_run[block.m].flatten(0, 1))
+                torch.bmm(C_block, H.mT, out=of_state)
+                row_sums[block.m] += run.apart(of_state.mul_(dy_beside), p).sum(-1).flatten(1, 2)
             if has_after:
-                d_added = d_after.view(-1, p, n)
-                dx_block.baddbmm_(run.scaled(run.B, to_end, block, out=scaled), d_added.mT)
-                d_write = torch.bmm(x_block, d_added, out=scaled[:size].view(-1, q, n))
-                d_write = d_write.view(size, run.g, -1, q, n).mul_(to_end[block.m])
-                torch.sum(d_write, dim=2, out=dB_run[block.m])
-                d_to_end[block.m] = d_write.mul_(run.B[block.m].unsqueeze(2)).sum(-1).flatten(1, 2)
+                d_added = d_after.view(size * run.g, -1, n)
+                x_beside = run.side_by_side(x_run[rows, block.chunks], to_end, block, out=beside[:size])
+                torch.bmm(x_beside, d_added, out=dB_run[block.m].flatten(0, 1))
+                torch.bmm(B_block, d_added.mT, out=of_state)
+                run.by_group(dx_heads[:size]).addcmul_(run.apart(of_state, p), to_end[block.m])
+                d_to_end[block.m] = run.apart(of_state.mul_(x_beside), p).sum(-1).flatten(1, 2)
             if has_after and has_states:
                 d_decay[block.m] = (d_after * before[block.m]).sum((-1, -2))
             steps_first(dx_block, out=dx_run[rows, block.chunks])
