@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from mdm_hf import MDMPipeline
+from mdm_hf.allocator import keep_freed_memory
 from mdm_hf.evaluation.digits import DigitJudge, evaluate_digits
 from mdm_hf.training.digits import DIGIT_WORDS, DigitsSource, load_digits_split
 from mdm_hf.training.mix import ConversationMix
 from mdm_hf.training.recipe import load_recipe
-from mdm_hf.training.trainer import ConversationCollator, MDMTrainer, keep_freed_memory
+from mdm_hf.training.trainer import ConversationCollator, MDMTrainer
 
 
 REPLAY = load_recipe("recipes/digits.yaml")["data"]["digits"]["tasks"] | {"image_and_text": 6.0}

@@ -10,8 +10,9 @@ import argparse
 from transformers import TrainingArguments
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
+from mdm_hf.allocator import keep_freed_memory
 from mdm_hf.training.digits import load_digits_split
-from mdm_hf.training.trainer import ConversationCollator, EMACallback, MDMTrainer, keep_freed_memory
+from mdm_hf.training.trainer import ConversationCollator, EMACallback, MDMTrainer
 
 
 parser = argparse.ArgumentParser()

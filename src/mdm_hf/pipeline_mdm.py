@@ -178,9 +178,9 @@ class MDMPipeline(Pipeline):
             image_size: (height, width) in pixels of the images to generate; a canvas becomes of that size.
             max_new_tokens: Length of the text canvas in tokens.
             scheduler: Instead of the pipeline's; a name of diffusers' will do, "UniPCMultistepScheduler".
-            num_inference_steps, step_tolerance, guidance_scale, text_guidance_scale, guidance_interval,
-                text_temperature, modality_lag, strength, min_new_tokens, selection_tolerance,
-                text_selection_tolerance: See [`MDMGenerationConfig`]; the model's defaults where None.
+            num_inference_steps, step_tolerance, modality_lag, strength, min_new_tokens, text_temperature,
+                selection_tolerance, text_selection_tolerance: See [`MDMGenerationConfig`]; the model's where None.
+            guidance_scale, text_guidance_scale, guidance_interval: The same.
 
         Returns:
             A flat list, `num_return_sequences` per prompt in prompt order, of {"text": [str, ...], "images":
