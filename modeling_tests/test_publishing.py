@@ -156,7 +156,9 @@ def test_scores_and_examples_of_other_weights_are_refused(folder) -> None:
     with pytest.raises(ValueError, match="scores of the weights .* beside the weights .*; need scores of these"):
         card_of(folder)
     (folder / "scores.json").unlink()
-    with pytest.raises(ValueError, match="examples.json is missing, or of other weights, examples or pictures"):
+    with pytest.raises(
+        ValueError, match="examples.json is missing, or of other weights, settings, examples or pictures"
+    ):
         card_of(folder)
 
 
@@ -268,11 +270,25 @@ def test_an_example_that_is_refused_leaves_the_pictures_of_before_and_a_lost_pic
     assert not draw_examples(folder, examples)
     for harm in (picture.unlink, lambda: shutil.copy(folder / "digit.png", picture)):
         harm()
-        with pytest.raises(ValueError, match="of other weights, examples or pictures; need what these weights make"):
+        with pytest.raises(
+            ValueError, match="of other weights, settings, examples or pictures; need what these weights make"
+        ):
             card_of(folder)
         assert draw_examples(folder, examples)
         with Image.open(picture) as again, Image.open(io.BytesIO(before)) as first:
             assert ImageChops.difference(again, first).getbbox() is None
+
+
+def test_examples_of_other_sampling_settings_are_drawn_again(folder) -> None:
+    examples, settings = read_notes(folder)["examples"], folder / "generation_config.json"
+    saved = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps(saved | {"transformers_version": "0"}), encoding="utf-8")
+    assert not draw_examples(folder, examples)  # no setting of the samples
+    settings.write_text(json.dumps(saved | {"num_inference_steps": 2}), encoding="utf-8")
+    with pytest.raises(ValueError, match="of other weights, settings, examples or pictures"):
+        card_of(folder)
+    assert draw_examples(folder, examples)
+    assert not draw_examples(folder, examples)
 
 
 def test_a_card_that_somebody_wrote_is_not_overwritten(folder, capsys) -> None:

@@ -38,7 +38,7 @@ class MDMGenerationConfig(GenerationConfig):
         text_guidance_scale: Guidance of text where it is to differ from that of images; None is `guidance_scale`.
         guidance_interval: (low, high), the times t of a modality between which it is guided; 1 is pure noise, 0 done.
             Guided from pure noise on, pictures of what may look many ways become the mean of them, and pale beyond it;
-            with (0, 0.7) the noise decides first (Kynkaanniemi et al. 2024), and calls that guide nothing cost half.
+            with (0, 0.7) the noise decides first (Kynkäänniemi et al. 2024), and calls that guide nothing cost half.
             None is (0, 1), in a call the model's own.
         text_temperature: Divides the token logits before they become the next text latent: below 1 commits to the
             likelier tokens sooner.

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of the examples on its card: drawn once, kept beside it with the hash of its weights."""
+"""What a checkpoint makes of the examples on its card: drawn once, kept beside it with a hash of what it hangs on."""
 
 import hashlib
 import json
@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import write_whole
+from ..checkpoints import GENERATION_CONFIG, SOLVER, read_json, write_whole
 from ..evaluation.results import file_hash, settings_hash
+from ..generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from ..pipeline_mdm import MDMPipeline
 
 
@@ -147,8 +148,8 @@ def drawn_examples(folder: Path, examples: list[dict]) -> list[dict]:
         return []
     if (drawn := _drawn(folder, examples)) is None:
         raise ValueError(
-            f"Got {folder} whose {EXAMPLES} is missing, or of other weights, examples or pictures; need what these "
-            "weights make of these; draw them with `mdm card`."
+            f"Got {folder} whose {EXAMPLES} is missing, or of other weights, settings, examples or pictures; need "
+            "what these weights make of these; draw them with `mdm card`."
         )
     return drawn
 
@@ -161,7 +162,9 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 def _key(folder: Path, examples: list[dict]) -> str:
     pictures = [file_hash(folder / one["image"]) for one in examples if "image" in one]
-    return settings_hash({"weights": checkpoint_hash(folder), "examples": examples, "pictures": pictures})
+    saved, solver = (read_json(folder, name) for name in (GENERATION_CONFIG, SOLVER))
+    how = {"sampling": sampling_options(MDMGenerationConfig(**(saved or {}))), "solver": solver}
+    return settings_hash({"weights": checkpoint_hash(folder), "examples": examples, "pictures": pictures} | how)
 
 
 def _read(folder: Path) -> dict:
