@@ -1,4 +1,4 @@
-"""What the system's allocator does with freed memory: half of a large picture's time on a CPU can hang on it."""
+"""What the system's allocator does with freed memory: up to 40% of a large batch's time on a CPU hang on it."""
 
 import ctypes
 import platform
