@@ -235,3 +235,14 @@ def test_pictures_and_latents_in_one_batch_are_refused(whole):
         ValueError, match=r"Got 1 image\(s\) as pictures and 1 as latents in one batch; need all of one"
     ):
         whole[1].apply_chat_template([to_learn({"type": "image", "image": picture(8, 8)}), to_learn(latents)])
+
+
+def test_target_latents_of_another_size_than_image_size_are_refused(whole):
+    processor = whole[1]
+    messages = to_learn({"type": "image", "latents": np.zeros((4, 4, 6), np.float32)})
+    height, width = (side * processor.patch_size for side in (2, 3))
+    expected = processor.apply_chat_template(messages)
+    given = processor.apply_chat_template(messages, image_size=(height, width))
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"Got target latents of a picture of 8x12 pixels where image_size is 12x8; "):
+        processor.apply_chat_template(messages, image_size=(width, height))

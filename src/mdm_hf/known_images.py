@@ -30,7 +30,8 @@ def read_images(
         image_size: (height, width) of pictures that are targets; None keeps to `options`.
 
     Raises:
-        ValueError: pictures and latents in one batch; what the image processor refuses.
+        ValueError: pictures and latents in one batch; target latents of another size; what the image processor
+            refuses.
     """
     for prompt in prompts:
         for i in prompt.image_masks if prompt.images and not prompt.latents else ():
@@ -42,6 +43,8 @@ def read_images(
     numbers = [(prompt, i) for prompt in prompts for i in range(len(prompt.images) + len(prompt.latents))]
     masks = []
     for (prompt, i), grid in zip(numbers, grids, strict=True):
+        if prompt.latents and i in prompt.target_images and image_size is not None:
+            _check_size(grid, image_size, processor.patch_size)
         mask = prompt.image_masks.get(i)
         over = (prompt.images[i].shape[1:], is_cut) if prompt.images and mask is not None else ()
         masks.append(None if mask is None else processor.patch_mask(mask, grid, *over))
@@ -73,6 +76,15 @@ def _inputs(
     is_target = [number in prompt.target_images for prompt in prompts for number in range(len(prompt.images))]
     pairs = zip(pictures, is_target, strict=True)
     return processor.pad_pictures([processor([one], **of_targets if it else options) for one, it in pairs])
+
+
+def _check_size(grid: list[int], image_size: Sequence[int], patch_size: int) -> None:
+    got, wanted = (f"{height}x{width}" for height, width in ([side * patch_size for side in grid], image_size))
+    if got != wanted:
+        raise ValueError(
+            f"Got target latents of a picture of {got} pixels where image_size is {wanted}; need them of that size, "
+            "as latents are not resized; leave image_size out, or give the picture itself."
+        )
 
 
 def _cuts(processor: MDMImageProcessorPil, options: dict) -> bool:

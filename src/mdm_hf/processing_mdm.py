@@ -220,7 +220,7 @@ class MDMProcessor(ProcessorMixin):
             tokenize: False returns the rendered string, or a list of them, with one placeholder an image.
             return_dict: False returns `input_ids` alone.
             image_size, max_new_tokens, return_tensors: As when the processor is called; a target picture becomes of
-                that size, a target text fills its canvas of `max_new_tokens` with </s>.
+                that size, target latents have to be; a target text fills its canvas of `max_new_tokens` with </s>.
             add_generation_prompt: Has no effect: `generate` says what to make.
             processor_kwargs: Options of a call of the processor, as transformers' pipelines hand them on.
             kwargs: Variables of the template, and options of a call of the processor; others are refused.
