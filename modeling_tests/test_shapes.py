@@ -13,7 +13,7 @@ from PIL import Image
 
 from mdm_hf.evaluation import reproduce as module
 from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, steps_within, table
-from mdm_hf.evaluation.shapes import TASKS, ShapesBenchmark
+from mdm_hf.evaluation.shapes import TASKS, VERSION, ShapesBenchmark, _by_elimination
 from mdm_hf.evaluation.shapes_classifier import ShapesClassifier, accuracy
 from mdm_hf.evaluation.shapes_judge import Meaning, Mention, agree, read_pictures, read_text
 from mdm_hf.evaluation.shapes_world import (
@@ -117,11 +117,12 @@ def test_who_does_all_that_is_asked_gets_full_marks(of_oracle) -> None:
     scores = of_oracle["scores"]
     exact = [name for name in scores if name.startswith(("text_to_image", "question_answering", "text_only"))]
     for name in [*exact, "class_to_image", "image_to_text", "image_and_text"]:
-        if name != "question_answering_by_commonest_answer":
+        if "_by_" not in name:
             assert scores[name] == 1.0, name
             assert of_oracle["intervals"][name] == [1.0, 1.0]
     assert len([name for name in exact if name.startswith("text_to_image_")]) == 7
     assert scores["question_answering_by_commonest_answer"] < 0.7
+    assert 0.6 < scores["text_only_by_elimination"] < 0.85
     assert scores["image_to_text_cider"] > 0.8 * scores["image_to_text_cider_of_true_captions"] > 0.5
 
 
@@ -145,19 +146,42 @@ def test_one_good_pair_over_and_over_is_no_distinct_one(of_oracle) -> None:
 def test_a_score_lies_in_its_interval_and_whatever_is_a_mean_of_samples_has_one(of_oracle) -> None:
     scores, intervals = of_oracle["scores"], of_oracle["intervals"]
     assert all(low <= scores[name] <= high for name, (low, high) in intervals.items())
-    others = (
-        "shapes_frechet_distance",
-        "of_training_images",
-        "of_real_images",
-        "of_true_captions",
-        "by_commonest_answer",
-    )
+    others = ("shapes_recall", "of_real_images", "of_true_captions", "by_commonest_answer", "by_elimination")
     assert {name for name in scores if not name.endswith(others)} == set(intervals)
+
+
+def test_empty_grounds_are_no_pictures_that_can_be_read() -> None:
+    class Silent(Oracle):
+        def __call__(self, **conditions) -> list[dict]:
+            empty = Image.new("RGB", (32, 32), "grey")
+            return [{"images": [empty], "text": one["text"]} for one in super().__call__(**conditions)]
+
+    scores = ShapesBenchmark(Silent(), COUNT).run(["image_and_text"])["scores"]
+    assert (scores["image_and_text"], scores["image_and_text_pictures_read"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("riddle", "choices", "answer", "chance"),
+    [
+        (
+            "a red cross above a cyan circle. what is below the red cross?",
+            ["red cross", "cyan circle"],
+            "cyan circle",
+            1,
+        ),
+        ("a red cross and a cyan circle. what colour is the cross?", ["red", "cyan", "blue"], "red", 0.5),
+        ("a red cross. how many red crosses are there?", ["one", "two", "three", "four"], "one", 0.25),
+        ("two red crosses. how many red crosses are there?", ["one", "two", "three"], "one", 0.0),
+    ],
+)
+def test_elimination_chooses_among_what_is_told_of_and_not_asked_about(riddle, choices, answer, chance) -> None:
+    assert _by_elimination(riddle, choices, answer) == chance
 
 
 def test_a_benchmark_says_what_it_was_and_shows_what_it_saw(of_oracle) -> None:
     settings = of_oracle["settings"]
     assert (settings["split"], settings["num_samples"], settings["seed"]) == ("test", COUNT, 0)
+    assert settings["benchmark_version"] == VERSION
     other = ShapesBenchmark(Oracle(1), COUNT, seed=1)
     assert other.run(["text_only"])["settings"]["hash"] != settings["hash"]
     [(nothing, said, is_right), *_] = other.examples["text_only_written"]

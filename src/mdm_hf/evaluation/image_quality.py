@@ -135,24 +135,34 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # a point is at 0 from itself
 
 
+def distance_interval(made: np.ndarray, real: np.ndarray, draws: int = 20) -> list[float]:
+    """95% interval of the Frechet distance of features (n, d) over the made ones.
+
+    A distance's bootstrap is biased, as drawing twice narrows a cloud, and its draws are few: the interval is the
+    distance and, to both sides, the deviation of the draws times Student's quantile for so many."""
+    distance, rng = frechet_distance(made, real), np.random.default_rng(0)
+    drawn = [frechet_distance(made[rng.integers(len(made), size=len(made))], real) for _ in range(draws)]
+    spread = t.ppf(0.975, draws - 1) * float(np.std(drawn, ddof=1))
+    return [distance - spread, distance + spread]
+
+
 def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws: int = 20) -> tuple[dict, dict]:
     """All four scores of (features, probabilities) of real and of made pictures, and 95% intervals over the made ones.
 
-    A distance's bootstrap is biased, as drawing twice narrows a cloud, and its draws are few: the interval is the
-    distance and, to both sides, the deviation of the draws times Student's quantile for so many. That of the Inception
-    Score is by its parts in the same way."""
+    That of the Inception Score is by its parts, as a distance's is by its draws."""
     inside, covered = precision_and_recall(real[0], made[0])
-    distance = frechet_distance(made[0], real[0])
-    rng = np.random.default_rng(0)
-    drawn = [frechet_distance(made[0][rng.integers(len(made[0]), size=len(made[0]))], real[0]) for _ in range(draws)]
-    of_distance = t.ppf(0.975, draws - 1) * float(np.std(drawn, ddof=1))
     score, spread = inception_score(made[1], splits)
     parts = min(splits, len(made[1]))
     of_score = t.ppf(0.975, max(parts - 1, 1)) * spread / max(parts - 1, 1) ** 0.5
-    scores = {name: distance, "inception_score": score, "precision": inside.mean(), "recall": covered.mean()}
+    scores = {
+        name: frechet_distance(made[0], real[0]),
+        "inception_score": score,
+        "precision": inside.mean(),
+        "recall": covered.mean(),
+    }
     scores = {one: float(value) for one, value in scores.items()}
     intervals = {
-        name: [distance - of_distance, distance + of_distance],
+        name: distance_interval(made[0], real[0], draws),
         "inception_score": [score - of_score, score + of_score],
         "precision": bootstrap_interval(inside),
         "recall": bootstrap_interval(covered),

@@ -29,7 +29,7 @@ from ..pipeline_mdm import MDMPipeline
 from ..training.recipe import load_recipe
 from ..training.stages import run_recipe
 from .results import model_id, settings_hash
-from .shapes import TASKS, ShapesBenchmark, examples_sheet
+from .shapes import TASKS, VERSION, ShapesBenchmark, examples_sheet
 
 
 logger = logging.get_logger(__name__)
@@ -191,7 +191,7 @@ def row_settings(
     """All that a row of a table depends on, but for the machine and its folders."""
     training = load_recipe(recipe, [f"seed={seed}", *variant.changes]) | {"output_dir": ""}
     how = {"recipe": training, "cpu_seconds": float(cpu_seconds)} if model is None else {"model": model_id(model)}
-    sampling = {"sampling": variant.sampling, "solver": variant.solver}
+    sampling = {"sampling": variant.sampling, "solver": variant.solver, "benchmark_version": VERSION}
     return how | sampling | {"tasks": list(tasks), "num_samples": num_samples, "seed": seed}
 
 
@@ -316,7 +316,8 @@ def scored(
     """The result of the shapes benchmark, with what the model took to train; kept in `folder`, beside a picture of its
     first examples. `load` makes a pipeline of the model."""
     facts = {"model": model_id(str(where)), "sampling": variant.sampling, "solver": variant.solver, "tasks": tasks}
-    kept = folder / f"{settings_hash(facts | {'num_samples': num_samples, 'seed': seed})}.json"
+    facts |= {"num_samples": num_samples, "seed": seed, "benchmark_version": VERSION}
+    kept = folder / f"{settings_hash(facts)}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     pipe = load(where)
