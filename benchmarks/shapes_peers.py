@@ -51,11 +51,11 @@ def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Pat
     if not (target / "final").is_dir():
         options, budget = TRANSFUSION | {"vae": base["processor"]}, target.with_suffix(".json")
         if not budget.is_file():
-            steps, pace = steps_within(cpu_seconds, partial(seconds_a_step, base, target, **options), base, folder)
-            budget.write_text(json.dumps({"steps": steps, "cpu_seconds_a_step": pace}))
+            facts = steps_within(cpu_seconds, partial(seconds_a_step, base, target, **options), base, folder)
+            budget.write_text(json.dumps(facts))
         steps = json.loads(budget.read_text())["steps"]
         train(base, target, max_steps=steps, resume=(target / CHECKPOINT).is_file(), **options)
-    facts = json.loads((target / "final" / SETTINGS).read_text())
+    facts = json.loads((target / "final" / SETTINGS).read_text()) | json.loads(target.with_suffix(".json").read_text())
     (target / "final" / "budget.json").write_text(json.dumps(facts))
     return target / "final"
 

@@ -304,12 +304,16 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
 
 
 def test_a_variant_that_is_timed_on_a_busy_machine_still_gets_its_steps(recipe, tmp_path, monkeypatch) -> None:
-    paces = iter([0.5, 1.2, 0.9])  # on an idle machine once, then on one half as fast, then on a little less busy one
+    paces = iter(
+        [0.5, 1.2, 0.9, 1.2, 0.9]
+    )  # on an idle machine once, then on one half as fast, then on a little less busy one
     monkeypatch.setattr(module, "seconds_a_step", lambda recipe, scratch: next(paces))
     plain = load_recipe(recipe)
-    assert steps_within(100, None, plain, tmp_path) == (200, 0.5)
-    theirs = iter([0.6, 0.45])
-    assert steps_within(100, lambda: next(theirs), plain, tmp_path) == (400, 0.25)
+    own = {"steps": 200, "cpu_seconds_a_step": 0.5, "of_plain_pace": []}
+    assert steps_within(100, None, plain, tmp_path) == own
+    theirs = iter([0.6, 0.45, 0.6, 0.45])
+    of_variant = {"steps": 400, "cpu_seconds_a_step": 0.25, "of_plain_pace": [0.5] * 4}
+    assert steps_within(100, lambda: next(theirs), plain, tmp_path) == of_variant
 
 
 def test_a_pace_is_that_of_the_diffusion_stage_without_the_gate(tmp_path, monkeypatch) -> None:

@@ -35,7 +35,7 @@ from .shapes import TASKS, VERSION, ShapesBenchmark, examples_sheet
 logger = logging.get_logger(__name__)
 
 TIMED = (20, 60)  # steps between which a pace is measured
-ROUNDS = 2  # in which a variant's pace and the plain recipe's are measured in turns
+ROUNDS = 4  # in which a variant's pace and the plain recipe's are measured in turns
 
 
 @dataclass(frozen=True)
@@ -230,16 +230,10 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
     if not budget.is_file():
         timed = target.with_name(f".timed-{target.name}")
         measure = None if changes == () else partial(seconds_a_step, base, timed)
-        steps, pace = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed), folder)
-        facts = {"steps": steps, "cpu_seconds_a_step": pace, "cpu_seconds": 0.0, "changes": list(changes)}
-        write_whole(budget, json.dumps(facts))
+        facts = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed), folder)
+        write_whole(budget, json.dumps(facts | {"changes": list(changes)}))
     facts = json.loads(budget.read_text())
-    started = time.process_time()
-    try:
-        run_recipe(for_steps(base, target, facts["steps"]), resume=target.is_dir())
-    finally:  # what was spent before an interruption counts too
-        facts["cpu_seconds"] = round(facts["cpu_seconds"] + time.process_time() - started, 1)
-        write_whole(budget, json.dumps(facts))
+    run_recipe(for_steps(base, target, facts["steps"]), resume=target.is_dir())
     write_whole(target / "final" / "budget.json", json.dumps(facts) + "\n")
     return target / "final"
 
@@ -256,10 +250,10 @@ def on_shared_vae(recipe: str | Path, changes: tuple[str, ...], folder: Path, se
     return base | {"processor": str(shared / "final"), "model": model}
 
 
-def steps_within(
-    cpu_seconds: float, measure: Callable[[], float] | None, plain: dict, folder: Path
-) -> tuple[int, float]:
-    """How many steps a variant takes in the time in which the plain recipe takes its own, and its pace.
+def steps_within(cpu_seconds: float, measure: Callable[[], float] | None, plain: dict, folder: Path) -> dict:
+    """How many steps a variant takes in the time in which the plain recipe takes its own, its pace, and the ratio of
+    its pace to the plain recipe's in each turn. The seconds of a row are steps times pace: what a run takes by the
+    clock depends on what else the machine does that day.
 
     Args:
         cpu_seconds: Processor time that the plain recipe is given.
@@ -272,10 +266,11 @@ def steps_within(
     if not kept.is_file():
         write_whole(kept, json.dumps({"cpu_seconds_a_step": seconds_a_step(plain, scratch)}))
     pace = json.loads(kept.read_text())["cpu_seconds_a_step"]
-    if measure is not None:
-        turns = [(measure(), seconds_a_step(plain, scratch)) for _ in range(ROUNDS)]
+    turns = [] if measure is None else [(measure(), seconds_a_step(plain, scratch)) for _ in range(ROUNDS)]
+    if turns:
         pace *= sum(theirs for theirs, _ in turns) / sum(ours for _, ours in turns)
-    return max(1, int(cpu_seconds / pace)), round(pace, 4)
+    facts = {"steps": max(1, int(cpu_seconds / pace)), "cpu_seconds_a_step": round(pace, 4)}
+    return facts | {"of_plain_pace": [round(theirs / ours, 3) for theirs, ours in turns]}
 
 
 def seconds_a_step(recipe: dict, scratch: Path) -> float:
@@ -315,7 +310,12 @@ def scored(
 ) -> dict:
     """The result of the shapes benchmark, with what the model took to train; kept in `folder`, beside a picture of its
     first examples. `load` makes a pipeline of the model."""
-    facts = {"model": model_id(str(where)), "sampling": variant.sampling, "solver": variant.solver, "tasks": tasks}
+    facts: dict[str, Any] = {
+        "model": model_id(str(where)),
+        "sampling": variant.sampling,
+        "solver": variant.solver,
+        "tasks": tasks,
+    }
     facts |= {"num_samples": num_samples, "seed": seed, "benchmark_version": VERSION}
     kept = folder / f"{settings_hash(facts)}.json"
     if kept.is_file():
@@ -366,7 +366,7 @@ def table(found: dict) -> str:
             value, ends = row["scores"].get(name), row["intervals"].get(name)
             cells.append("" if value is None else f"{value:.3f}" + (f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends else ""))
         budget = row["training"]
-        spent = [str(budget["steps"]), f"{budget['cpu_seconds']:.0f}"] if budget else ["", ""]
+        spent = [str(budget["steps"]), f"{budget['steps'] * budget['cpu_seconds_a_step']:.0f}"] if budget else ["", ""]
         cells += [f"{row['parameters'] / 1e6:.2f}M", *spent]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -409,7 +409,7 @@ def plot(found: dict, path: Path) -> None:
 def _plot_losses(curves: list[tuple[int, dict]], axes: list) -> None:
     for number, row in curves:
         name, training = row["variant"], row["training"]
-        steps, pace = np.asarray(training["losses"]["step"]), training["cpu_seconds"] / training["steps"]
+        steps, pace = np.asarray(training["losses"]["step"]), training["cpu_seconds_a_step"]
         for line, kind in (("-", "image"), (":", "text")):
             values = np.asarray(training["losses"][kind])
             width = min(10, len(values))
