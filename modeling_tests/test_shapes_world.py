@@ -80,6 +80,48 @@ def test_the_judge_does_not_guess_what_it_cannot_read() -> None:
     assert not agree(read_text("a red circle"), None)
 
 
+SHIFTS = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+
+
+def drawn(*shapes: Shape) -> np.ndarray:
+    return np.array(render(Scene(shapes)))
+
+
+def are_unreadable(pictures: list[np.ndarray]) -> bool:
+    return read_pictures(Image.fromarray(pixels) for pixels in pictures) == [None] * len(pictures)
+
+
+def test_a_shape_of_two_colours_or_with_anything_of_another_beside_it_cannot_be_read() -> None:
+    block, rows, beside, dots = (drawn(Shape("square", "red", "large", 0)) for _ in range(4))
+    block[5:9, 4:11] = COLOURS["blue"]
+    rows[5:9, :16][np.ptp(rows[5:9, :16], axis=-1) > 100] = COLOURS["green"]
+    beside[0:2, 0:2] = COLOURS["blue"]
+    for x, colour in ((4, "blue"), (9, "green"), (13, "yellow")):
+        dots[22:24, x : x + 2] = COLOURS[colour]
+    assert are_unreadable([block, rows, beside, dots])
+    halves = drawn(Shape("square", "red", "large", 0))
+    halves[:8, :16][np.ptp(halves[:8, :16], axis=-1) > 100] = COLOURS["blue"]
+    assert are_unreadable([halves])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("circle", "large"), ("triangle", "large"), ("triangle", "small"), ("square", "large")]
+)
+def test_a_shape_without_one_of_its_halves_is_not_read_as_whole(kind: str, size: str) -> None:
+    whole = Shape(kind, "red", size, 0)
+    for x, y in SHIFTS:
+        for half in (np.s_[: 8 + y, :16], np.s_[8 + y : 16, :16], np.s_[:16, : 8 + x], np.s_[:16, 8 + x : 16]):
+            pixels = drawn(replace(whole, shift=(x, y)))
+            pixels[half] = pixels[20, 20]
+            assert read_pictures([Image.fromarray(pixels)]) != [(whole,)], (x, y, half)
+
+
+def test_a_faint_shape_cannot_be_read() -> None:
+    for kind in ("square", "circle"):
+        shape, ground = drawn(Shape(kind, "red", "large", 0)), drawn()
+        assert are_unreadable([(opacity * shape + (1 - opacity) * ground).astype(np.uint8) for opacity in (0.3, 0.5)])
+
+
 def test_every_caption_describes_its_scene_and_no_changed_one(scenes) -> None:
     rng = np.random.default_rng(0)
     for scene in scenes:
@@ -150,6 +192,64 @@ def test_what_a_text_denies_or_counts_otherwise_is_not_held_for_said(said: str, 
         assert not describes(read_text(said), (red,))
 
 
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [
+        ("a small red circle and a big blue square", True),
+        ("a tiny red circle over a huge blue square", True),
+        ("1 red circle on top of 1 blue square", True),
+        ("in this picture there is a red circle to the left of a blue square.", True),
+        ("we see a red circle upper left and a blue square in the lower right corner on a grey background", True),
+        ("The image contains 2 shapes: a little red circle placed at the top left, a blue square", True),
+        ("a big red circle and a blue square", False),
+        ("a red circle under a blue square", False),
+        ("a red circle beneath a blue square", False),
+        ("a red circle lower right and a blue square", False),
+        ("a red circle to the right of a blue square", False),
+        ("a blue square to the left and a red circle to the right", False),
+        ("a red circle and a blue square on its left", False),
+        ("a red circle and above it a blue square", False),
+        ("a red circle, a blue square above", False),
+        ("a red circle and top left a blue square", False),
+        ("a red circle in a blue square", False),
+        ("a red circle on a blue square", False),
+        ("a red circle in the middle and a blue square", False),
+        ("a red circle and star and a blue square", False),
+        ("a red circle, a blue square and other shapes", False),
+        ("everything except a red circle and a blue square", False),
+        ("only a red circle, but a blue square", False),
+        ("orange red circle and a purple blue square", False),
+        ("a grey red circle and a blue square", False),
+        ("a red circle and a blue square on a green background", False),
+        ("three shapes: a red circle and a blue square", False),
+        ("two a red circle and a blue square", False),
+        ("a red circle and a blue square \u043d\u0435\u0442", False),
+    ],
+)
+def test_synonyms_are_judged_and_what_is_not_understood_is_never_true(said: str, holds: bool) -> None:
+    shapes = (Shape("circle", "red", "small", 0), Shape("square", "blue", "large", 3))
+    assert describes(read_text(said), shapes) is holds
+
+
+@pytest.mark.parametrize(
+    ("said", "places", "holds"),
+    [
+        ("two red circles left of a blue square", (0, 2, 3), True),
+        ("two red circles left of a blue square", (0, 3, 2), False),  # the second of them is right of it
+        ("two red circles left of a blue square", (0, 3, 1), False),
+        ("a blue square right of two red circles", (0, 2, 1), True),
+        ("a blue square right of two red circles", (0, 3, 1), False),
+        ("a blue square above two red circles", (2, 3, 0), True),
+        ("two red circles below a blue square", (1, 3, 0), False),
+    ],
+)
+def test_a_relation_with_a_number_holds_for_each_of_them(said: str, places: tuple, holds: bool) -> None:
+    first, second, third = places
+    shapes = [Shape("circle", "red", "small", first), Shape("circle", "red", "large", second)]
+    shapes.append(Shape("square", "blue", "small", third))
+    assert agree(read_text(said), tuple(sorted(shapes, key=lambda shape: shape.place))) is holds
+
+
 def test_a_caption_has_to_name_kinds_and_colours_where_a_prompt_need_not() -> None:
     shapes = (Shape("circle", "red", "large", 0),)
     assert agree(read_text("a circle"), shapes)
@@ -192,6 +292,38 @@ def test_answers_are_compared_by_meaning() -> None:
     assert same_answer("3", "three")
     assert not same_answer("four", "three")
     assert not same_answer("red", "red circle")
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "same"),
+    [
+        *((word, "none", True) for word in ("nothing", "no", "zero", "0", "there are none", "no circles")),
+        ("big", "large", True),
+        ("upper left", "top left", True),
+        ("In the top left corner.", "top left", True),
+        ("it is red", "red", True),
+        ("the colour is red", "red", True),
+        ("one circle", "one", True),
+        ("there are 2 shapes", "two", True),
+        ("1", "one", True),
+        ("yes, there is", "yes", True),
+        *(("", right, False) for right in ("a", "the", "none", "red")),
+        ("a", "the", False),
+        ("there is", "yes", False),
+        ("none", "no", False),
+        ("yes red", "yes", False),
+        ("yes no", "yes", False),
+        ("red blue", "red", False),
+        ("two circles three", "two", False),
+        ("one red circle", "one", False),
+        ("circle", "one", False),
+        ("red circle", "red", False),
+        ("top right", "top left", False),
+        ("grey red", "red", False),
+    ],
+)
+def test_an_answer_may_be_put_otherwise_but_not_be_another_nor_more(given: str, right: str, same: bool) -> None:
+    assert same_answer(given, right) is same
 
 
 def solved(question: str) -> str:
