@@ -204,6 +204,24 @@ def test_broken_files_of_questions_are_named_with_what_is_wrong(asked, answered,
             read_questions("vqav2", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("answer", [None, 3])
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "vizwiz"])
+def test_an_answer_that_is_no_text_is_named_with_its_file_and_question(data, name, answer, tmp_path, capsys):
+    where = data / "val.json" if name == "vizwiz" else next((data / name).glob("*annotations.json"))
+    content = json.loads(where.read_text())
+    row = content[1] if name == "vizwiz" else content["annotations"][1]
+    row["answers"][2]["answer"] = answer
+    for file in [where] if name == "vizwiz" else (data / name).iterdir():
+        shutil.copy(file, tmp_path)
+    broken = tmp_path / where.name
+    broken.write_text(json.dumps(content))
+    given = "--data", str(broken if name == "vizwiz" else tmp_path), "--images", str(data / "images")
+    evaluate(tmp_path, name, *given, status=2)
+    question = "COCO_val2014_000000000001.jpg" if name == "vizwiz" else 10
+    said = f"Got {broken} whose question {question!r} has the answer {answer}; need a text from every human; leave"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "count"), [("coco-captions", 6), ("flickr30k-captions", 4)])
 def test_captions_are_scored_from_the_benchmarks_own_file_and_a_kill_loses_nothing(
     data, name, count, tmp_path, monkeypatch
