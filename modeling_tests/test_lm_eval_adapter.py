@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 from evaluated import CARD, evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -13,7 +14,7 @@ from lm_eval.api.registry import get_model
 from mdm_hf import MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.evaluation.benchmarks import BENCHMARKS
-from mdm_hf.evaluation.lm_eval_adapter import TASK_FOLDERS, MDMForLMEval, data_hash
+from mdm_hf.evaluation.lm_eval_adapter import COLUMNS, TASK_FOLDERS, MDMForLMEval, check_rows, data_hash
 
 
 CHOICES = ["the sun", "a stone", "the moon", "a tree"]
@@ -102,6 +103,42 @@ def test_the_hash_of_the_data_is_that_of_its_content_wherever_it_lies(tmp_path):
     assert data_hash(here) == data_hash(there)
     (there / "anatomy" / "test.jsonl").write_text("{}")
     assert data_hash(here) != data_hash(there)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"goal": "draw', "whose line 2 is not whole JSON (Unterminated string starting at); need"),
+        ("[1]", "whose line 2 is no JSON object; need one row of the Hub's data set a line"),
+        ('{"goal": "draw", "sol2": null, "label": 0}', "whose line 2 has no 'sol1', 'sol2'; need one row"),
+    ],
+)
+def test_a_broken_line_of_the_data_is_named_with_its_file_and_columns(line, why, tmp_path, capsys):
+    file = write(tmp_path / "data", "piqa") / "validation.jsonl"
+    file.write_text(json.dumps(ROWS["piqa"]) + "\n" + line + "\n")
+    evaluate(tmp_path, "piqa", "--data", str(file.parent), status=2)
+    assert f"Got --data with {file}, {why}" in (error := capsys.readouterr().err)
+    assert "Traceback" not in error
+
+
+def test_rows_that_datasets_makes_no_table_of_are_said_of_the_data(tmp_path, monkeypatch, capsys):
+    def fails(*args, **options):
+        raise DatasetGenerationError("An error occurred") from TypeError("Couldn't cast")
+
+    monkeypatch.setattr("mdm_hf.evaluation.lm_eval_adapter.simple_evaluate", fails)
+    folder = write(tmp_path / "data", "piqa")
+    evaluate(tmp_path, "piqa", "--data", str(folder), status=2)
+    said = f"Got --data {folder} for piqa, of which datasets makes no table (Couldn't cast); need rows of the Hub's"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_no_column_of_a_row_is_asked_for_that_the_data_set_lacks_and_each_that_is_lacking_is_named(name, tmp_path):
+    assert set(COLUMNS[name]) <= set(ROWS[name])
+    for column in COLUMNS[name]:
+        (path := tmp_path / "test.jsonl").write_text(json.dumps({k: v for k, v in ROWS[name].items() if k != column}))
+        with pytest.raises(ValueError, match=f"{path}, whose line 1 has no '{column}'; need one row"):
+            check_rows(path, COLUMNS[name])
 
 
 def test_every_benchmark_of_lm_eval_is_on_the_command_line():
