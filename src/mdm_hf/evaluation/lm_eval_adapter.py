@@ -28,7 +28,16 @@ from lm_eval.tasks import TaskManager
 
 from ..choice_scores import score_conversations
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .results import (
+    ResultCache,
+    batches,
+    bootstrap_interval,
+    file_hash,
+    result,
+    sampling_of,
+    settings_hash,
+    settings_of,
+)
 
 
 # Benchmark -> the folder that lm-eval has it in. Reading one takes a moment, reading all of them half a minute.
@@ -285,7 +294,8 @@ def run(options) -> dict:
     sampling = sampling_of(options, pipe)
     of_draws = {"num_draws": options.num_draws, "seed": options.seed[0]}
     cache = options.work_dir / f"{name}.jsonl"
-    lm = MDMForLMEval(pipe, cache, model_id(options.model), sampling, **of_draws, batch_size=options.batch_size)
+    of_model = settings_of(options, pipe)
+    lm = MDMForLMEval(pipe, cache, settings_hash(of_model), sampling, **of_draws, batch_size=options.batch_size)
     own = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
     manager = TaskManager(include_path=str(own / TASK_FOLDERS[name]), include_defaults=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -316,13 +326,12 @@ def run(options) -> dict:
     values = pooled(found["samples"])
     settings = {
         "benchmark": name,
-        "model": options.model,
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "tasks": {task: found["versions"].get(task) for task in names},
         "data": None if options.data is None else data_hash(options.data),
         **of_draws,
-        **sampling,
+        **of_model,
     }
     return result(
         {metric: float(np.mean(v)) for metric, v in values.items()},

@@ -22,11 +22,11 @@ from .results import (
     batches,
     bootstrap_interval,
     file_hash,
-    model_id,
     reading,
     result,
     sampling_of,
     settings_hash,
+    settings_of,
 )
 
 
@@ -230,7 +230,7 @@ def ask(pipe: MDMPipeline, pictures: Sequence[Path], texts: Sequence[str | None]
             "them there, or lower --limit."
         )
     sampling, seed, size = sampling_of(options, pipe), options.seed[0], options.batch_size
-    told = settings_hash({"model": model_id(options.model), "seed": seed, "size": size, **sampling})
+    told = settings_hash({"seed": seed, "size": size, **settings_of(options, pipe)})
     states = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in pictures]
     keys = [f"{told} {i} {state} {text}" for i, (state, text) in enumerate(zip(states, texts, strict=True))]
     pipe.set_progress_bar_config(disable=True)
@@ -257,12 +257,11 @@ def run(options) -> dict:
     parts = {"accuracy": points} | {f"accuracy ({kind})": points[kinds == kind] for kind in sorted(set(kinds))}
     settings = {
         "benchmark": name,
-        "model": options.model,
         "limit": options.limit,
         "seed": options.seed[0],
         "batch_size": options.batch_size,
         "data": file_hash(questions_file(name, options.data)),
-        **sampling_of(options, pipe),
+        **settings_of(options, pipe),
     }
     return result(
         {part: float(values.mean()) for part, values in parts.items()},
