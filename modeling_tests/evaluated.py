@@ -11,6 +11,9 @@ from mdm_hf.cli import main
 
 CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
 
+# What the settings of every benchmark but digits and shapes tell of the model and its sampling.
+OF_SETTINGS = {"model", "state", "solver", "modality_lag", "guidance_interval", "text_selection_tolerance"}
+
 
 def evaluate(tmp_path: Path, name: str, *more: str, status: int = 0) -> dict | None:
     """The result file of a benchmark, or None where it is to fail."""

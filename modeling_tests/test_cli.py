@@ -229,7 +229,7 @@ def test_too_few_samples_to_score_are_refused_before_a_model_is_loaded(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--num-samples", "64", "--model", CARD])
     assert stop.value.code == 2
-    assert "got 64; need 65 or more, for a Frechet distance over 64 pixels" in capsys.readouterr().err
+    assert "got 64; need 65 or more, for a Frechet distance over 64 pixels or features" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "samples per task, 65 or more" in capsys.readouterr().out
@@ -257,6 +257,35 @@ def test_a_model_folder_that_is_not_there_is_named(model, monkeypatch, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--model", model]) == 2
     assert f"Got {model!r}, which is no folder here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["", "nowhere", "/no/such/folder"])
+def test_a_trained_model_that_is_not_there_is_named_before_the_hub_is_asked(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "solver", "--trained", model]) == 2
+    said = f"Got {model!r}, which is no folder here; give --trained a folder or a Hub repository owner/name, or leave"
+    assert said in (error := capsys.readouterr().err)
+    assert "--model" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ("{}", "no field 'rows'"),
+        ('{"rows": [1]}', "no attribute 'get'"),
+        (b"\xff", "invalid start byte"),
+    ],
+)
+def test_kept_results_that_cannot_be_read_are_named_with_what_to_do(content, why, tmp_path, capsys):
+    kept = tmp_path / "solver.json"
+    kept.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["reproduce", "solver", "--trained", CARD, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"Got {kept}, which is no whole file of results (" in error
+    assert why in error
+    assert "need the one that an earlier run left, or none; delete it to make its rows anew" in error
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_any_sampling(capsys):
@@ -295,6 +324,32 @@ def test_evaluate_writes_scores_with_their_settings(tmp_path):
     assert result["settings"]["num_samples"] == 70
     assert len(result["settings"]["hash"]) == 12
     assert 0.97 <= result["scores"]["judge_accuracy"] <= 1
+
+
+def test_evaluate_takes_the_models_own_number_of_steps(tmp_path, monkeypatch):
+    """Digits and shapes, whose own settings tell them, and what all others sample by."""
+    asked: list[int | None] = []
+
+    class Stop(Exception):
+        pass
+
+    def stops(self, *args, num_inference_steps=None, **options):
+        asked.append(num_inference_steps)
+        raise Stop
+
+    model = tmp_path / "model"
+    shutil.copytree(CARD, model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"num_inference_steps": 7}))
+    monkeypatch.setattr("mdm_hf.MDMPipeline.__call__", stops)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "a three"}')
+    more = {"geneval": ["--data", str(data), "--work-dir", str(tmp_path)]}
+    for name in ("digits", "digits-editing", "shapes", "geneval"):
+        for given, steps in (([], 7), (["--steps", "3"], 3)):
+            with pytest.raises(Stop):
+                main(["evaluate", "--model", str(model), "--benchmark", name, *given, *more.get(name, [])])
+            assert asked.pop() in ((None, steps) if name == "shapes" and not given else (steps,)), name
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys):

@@ -97,3 +97,4 @@ def test_the_command_line_scores_the_shipped_model(tmp_path: Path, monkeypatch: 
     found = json.loads(output.read_text())
     assert found["scores"]["known_parts_kept"] == 1
     assert found["settings"]["num_inference_steps"] == 2
+    assert {"benchmark", "state", "solver", "modality_lag"} <= set(found["settings"])

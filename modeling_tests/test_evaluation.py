@@ -1,6 +1,9 @@
 """Claims about the scores: a perfect model scores one, a blind one scores chance, the shipped one earns its card."""
 
+import argparse
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.demo import with_truth
 from mdm_hf.evaluation.digits import DigitJudge, as_pixels, evaluate_digits, frechet_distance
 from mdm_hf.evaluation.pictures import picture_grid
-from mdm_hf.evaluation.results import bootstrap_interval, model_id
+from mdm_hf.evaluation.results import SAMPLING, bootstrap_interval, model_id, settings_hash, settings_of
 from mdm_hf.training.digits import all_questions_and_answers, caption, digit_named_in, load_digits_split
 
 
@@ -151,6 +154,34 @@ def test_a_model_is_another_one_when_any_of_its_configurations_changes(name, tmp
     assert model_id(str(tmp_path)) == before
     (tmp_path / name).write_text('{"a": 1}')
     assert model_id(str(tmp_path)) != before
+
+
+def test_the_hash_of_the_settings_is_another_when_the_model_its_sampling_or_its_solver_is(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(CARD, model)
+    options = argparse.Namespace(model=str(model), steps=None, **dict.fromkeys(SAMPLING))
+    pipe = MDMPipeline.from_pretrained(model, device="cpu")
+
+    def of_now() -> str:
+        return settings_hash(settings_of(options, pipe))
+
+    seen = [of_now()]
+    assert of_now() == seen[0]
+    for name, value in {"steps": 7, "guidance_interval": [0.0, 0.5], "text_selection_tolerance": False}.items():
+        setattr(options, name, value)
+        seen.append(of_now())
+    own = {"modality_lag": -0.5, "selection_tolerance": 0.1, "min_new_tokens": 3, "strength": 0.7, "step_tolerance": 1}
+    for name, value in own.items():
+        setattr(pipe.model.generation_config, name, value)
+        seen.append(of_now())
+    default = pipe.model.default_scheduler()
+    for change in ({"solver_order": 1}, {"use_karras_sigmas": True}):
+        pipe.scheduler = type(default).from_config(default.config, **change)
+        seen.append(of_now())
+    os.utime(model / "model.safetensors", ns=(0, 0))  # as training anew would
+    seen.append(of_now())
+    assert len(set(seen)) == len(seen)
+    assert settings_of(options, pipe)["solver"].startswith("DPMSolverMultistepScheduler ")
 
 
 def test_a_grid_has_a_place_for_every_cell_caption_and_heading():

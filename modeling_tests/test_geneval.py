@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from evaluated import evaluate, killed_and_resumed
+from evaluated import OF_SETTINGS, evaluate, killed_and_resumed
 from PIL import Image
 
 from mdm_hf.evaluation.geneval import grid, read_prompts
@@ -42,6 +42,7 @@ def test_a_killed_run_leaves_whole_pictures_and_ends_with_all_of_them(data, tmp_
     again = killed_and_resumed(monkeypatch, tmp_path / "killed", 2, "geneval", *given)
     folder = Path(again["folder"])
     assert again["scores"] == {"pictures": 12}
+    assert set(again["settings"]) >= OF_SETTINGS
     names = [f"{i:04d}.png" for i in range(4)]
     assert what_the_scorer_reads(folder) == {f"{p:05d}": (line, names) for p, line in enumerate(LINES)}
     for path in whole.rglob("*.png"):

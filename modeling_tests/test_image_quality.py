@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from evaluated import CARD, evaluate, killed_and_resumed, same_result
+from evaluated import CARD, OF_SETTINGS, evaluate, killed_and_resumed, same_result
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
@@ -185,6 +185,8 @@ def test_only_the_known_networks_distance_is_called_fid(inception, real, tmp_pat
     assert (other["settings"]["num_real"], other["num_samples"]) == (20, 20)
     monkeypatch.setitem(image_quality.KNOWN_EXTRACTORS, file_hash(inception), "inception-2015-12-05")
     assert "fid" in (found := evaluate(tmp_path, "fid", *given))["scores"]
+    assert set(found["settings"]) >= OF_SETTINGS
+    assert set(found["intervals"]) == set(found["scores"]) - {"recall"}
     low, high = found["intervals"]["fid"]
     assert low < found["scores"]["fid"] < high
 

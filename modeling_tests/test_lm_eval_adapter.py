@@ -4,16 +4,21 @@ import json
 import math
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
-from evaluated import CARD, evaluate
+import yaml
+from datasets.exceptions import DatasetGenerationError
+from evaluated import CARD, OF_SETTINGS, evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.registry import get_model
 
 from mdm_hf import MDMPipeline
 from mdm_hf.cli import main
+from mdm_hf.evaluation import lm_eval_adapter
 from mdm_hf.evaluation.benchmarks import BENCHMARKS
-from mdm_hf.evaluation.lm_eval_adapter import TASK_FOLDERS, MDMForLMEval, data_hash
+from mdm_hf.evaluation.lm_eval_adapter import COLUMNS, TASK_FOLDERS, MDMForLMEval, check_rows, data_hash
 
 
 CHOICES = ["the sun", "a stone", "the moon", "a tree"]
@@ -97,11 +102,85 @@ def test_the_task_runs_on_its_data_sets_own_rows(name, tmp_path):
     assert len(found["settings"]["hash"]) == 12
 
 
+def test_scores_are_the_aggregates_of_lm_eval_of_one_task_and_of_a_group_of_unequal_subsets(tmp_path, monkeypatch):
+    """The oracle is lm-eval's own: what it says of each task, and of a group that weighs by size as mmlu does."""
+    results: list[dict] = []
+    evaluated = lm_eval_adapter.simple_evaluate
+
+    def keeps(*args, **options):
+        results.append(evaluated(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(lm_eval_adapter, "simple_evaluate", keeps)
+    sizes = {"anatomy": 5, "virology": 2}
+    for subset, size in sizes.items():
+        (folder := tmp_path / "data" / subset).mkdir(parents=True)
+        for split, count in (("dev", 1), ("test", size)):
+            rows = [ROWS["mmlu"] | {"question": f"What is {i}?", "answer": i % 4} for i in range(count)]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours = evaluate(tmp_path, "mmlu", "--data", str(tmp_path / "data"), "--num-fewshot", "0", "--num-draws", "4")
+    [theirs] = results
+    assert set(ours["settings"]) >= OF_SETTINGS
+    assert {one["effective"] for one in theirs["n-samples"].values()} == set(sizes.values())
+    values = {task: [one["acc"] for one in some] for task, some in theirs["samples"].items()}
+    for task, some in values.items():
+        assert theirs["results"][task]["acc,none"] == pytest.approx(sum(some) / len(some))
+    parts = [theirs["results"][task]["acc,none"] for task in values]
+    assert ours["scores"]["acc"] == pytest.approx(
+        aggregate_subtask_metrics(parts, [len(some) for some in values.values()], weight_by_size=True), abs=1e-4
+    )
+    for group in ("mmlu/default/_mmlu.yaml", "hendrycks_math/hendrycks_math.yaml"):
+        text = (Path(lm_eval.__file__).parent / "tasks" / group).read_text()
+        assert all(one["weight_by_size"] for one in yaml.safe_load(text)["aggregate_metric_list"])
+
+    evaluate(tmp_path, "piqa", "--data", str(write(tmp_path / "one", "piqa")), "--num-draws", "4")
+    assert json.loads((tmp_path / "result.json").read_text())["scores"] == {
+        metric: pytest.approx(results[-1]["results"]["piqa"][f"{metric},none"], abs=1e-4)
+        for metric in ("acc", "acc_norm")
+    }
+
+
 def test_the_hash_of_the_data_is_that_of_its_content_wherever_it_lies(tmp_path):
     here, there = (write(tmp_path / name, "mmlu") for name in ("here", "there"))
     assert data_hash(here) == data_hash(there)
     (there / "anatomy" / "test.jsonl").write_text("{}")
     assert data_hash(here) != data_hash(there)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"goal": "draw', "whose line 2 is not whole JSON (Unterminated string starting at); need"),
+        ("[1]", "whose line 2 is no JSON object; need one row of the Hub's data set a line"),
+        ('{"goal": "draw", "sol2": null, "label": 0}', "whose line 2 has no 'sol1', 'sol2'; need one row"),
+    ],
+)
+def test_a_broken_line_of_the_data_is_named_with_its_file_and_columns(line, why, tmp_path, capsys):
+    file = write(tmp_path / "data", "piqa") / "validation.jsonl"
+    file.write_text(json.dumps(ROWS["piqa"]) + "\n" + line + "\n")
+    evaluate(tmp_path, "piqa", "--data", str(file.parent), status=2)
+    assert f"Got --data with {file}, {why}" in (error := capsys.readouterr().err)
+    assert "Traceback" not in error
+
+
+def test_rows_that_datasets_makes_no_table_of_are_said_of_the_data(tmp_path, monkeypatch, capsys):
+    def fails(*args, **options):
+        raise DatasetGenerationError("An error occurred") from TypeError("Couldn't cast")
+
+    monkeypatch.setattr("mdm_hf.evaluation.lm_eval_adapter.simple_evaluate", fails)
+    folder = write(tmp_path / "data", "piqa")
+    evaluate(tmp_path, "piqa", "--data", str(folder), status=2)
+    said = f"Got --data {folder} for piqa, of which datasets makes no table (Couldn't cast); need rows of the Hub's"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_no_column_of_a_row_is_asked_for_that_the_data_set_lacks_and_each_that_is_lacking_is_named(name, tmp_path):
+    assert set(COLUMNS[name]) <= set(ROWS[name])
+    for column in COLUMNS[name]:
+        (path := tmp_path / "test.jsonl").write_text(json.dumps({k: v for k, v in ROWS[name].items() if k != column}))
+        with pytest.raises(ValueError, match=f"{path}, whose line 1 has no '{column}'; need one row"):
+            check_rows(path, COLUMNS[name])
 
 
 def test_every_benchmark_of_lm_eval_is_on_the_command_line():

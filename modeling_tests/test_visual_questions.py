@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluated import evaluate, killed_and_resumed, same_result
+from evaluated import OF_SETTINGS, evaluate, killed_and_resumed, same_result
 from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 
@@ -95,6 +95,54 @@ def test_answers_have_the_normal_form_of_the_challenge(given, normal):
     assert normal_form(given) == normal
 
 
+def by_the_published_rules(answer: str) -> str:
+    """The challenge's rules once more, a character and a word at a time: those of https://visualqa.org/evaluation.html,
+    and where a space takes a mark's place, of its script.
+
+    - Punctuation becomes a space; it is dropped where that mark stands beside a space anywhere in the answer, and all
+      is where a comma stands between two digits. Apostrophes and colons stay.
+    - A period goes unless a digit follows it.
+    - Words: lower case, no articles, zero to ten and "none" as digits, contractions with their apostrophe.
+    """
+    between = any(
+        a.isdecimal() and b == "," and c.isdecimal() for a, b, c in zip(answer, answer[1:], answer[2:], strict=False)
+    )
+    neighbours: dict[str, set[str]] = {}
+    for before, mark, after in zip(f"#{answer}", answer, f"{answer}#"[1:], strict=False):
+        neighbours.setdefault(mark, set()).update((before, after))
+    spaced = ""
+    for mark in answer:
+        if mark in ';/[]"{}()=+\\_-><@`,?!':
+            spaced += "" if between or " " in neighbours[mark] else " "
+        else:
+            spaced += mark
+    kept = [mark for mark, after in zip(spaced, f"{spaced}#"[1:], strict=True) if mark != "." or after.isdecimal()]
+    names = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    contractions = {"dont": "don't", "isnt": "isn't", "youre": "you're", "thered": "there'd"}  # of those made below
+    words = []
+    for word in "".join(kept).lower().split():
+        if word in {"a", "an", "the"}:
+            continue
+        if word in names:
+            word = str(names.index(word))
+        words.append("0" if word == "zero" else contractions.get(word, word))
+    return " ".join(words)
+
+
+def test_the_normal_form_is_that_of_a_second_implementation_of_the_published_rules():
+    rng = np.random.default_rng(0)
+    words = ["a", "an", "the", "The", "none", "zero", "one", "Two", "ten", "eleven", "red", "cat", "cat's"]
+    words += ["dont", "isn't", "isnt", "youre", "3", "12", "0.5", "1,000", "10:30"]
+    joints = [" ", " ", " ", "  ", ", ", ",", "-", " - ", "/", "?", "! ", ".", ". ", ";", "(", ") ", "_", "'s "]
+    joints += ["\\", '"']
+    strings = {
+        "".join(f"{rng.choice(words)}{rng.choice(joints)}" for _ in range(rng.integers(1, 6))) for _ in range(800)
+    }
+    strings |= {f"{a}{mark}{b}" for mark in ";/[]\"{}()=+\\_-><@`,?!.:'" for a, b in ("12", "ab", "1 ", " 2", "a1")}
+    assert len(strings) > 700
+    assert {one: normal_form(one) for one in strings} == {one: by_the_published_rules(one) for one in strings}
+
+
 def test_accuracy_is_the_mean_over_every_nine_of_ten_humans():
     """The oracle takes the rule at its word: exact fractions, every subset of nine."""
 
@@ -132,6 +180,7 @@ def test_a_killed_run_of_questions_ends_as_a_whole_one(data, name, at, tmp_path,
     if name == "vqav2":
         assert same_result(evaluate(tmp_path / "whole", name, *given), again)
     assert again["num_samples"] == len(again["answers"]) == 5
+    assert set(again["settings"]) >= OF_SETTINGS
     assert again["scores"]["accuracy"] > 0
     low, high = again["intervals"]["accuracy"]
     assert low <= again["scores"]["accuracy"] <= high
@@ -204,6 +253,24 @@ def test_broken_files_of_questions_are_named_with_what_is_wrong(asked, answered,
             read_questions("vqav2", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("answer", [None, 3])
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "vizwiz"])
+def test_an_answer_that_is_no_text_is_named_with_its_file_and_question(data, name, answer, tmp_path, capsys):
+    where = data / "val.json" if name == "vizwiz" else next((data / name).glob("*annotations.json"))
+    content = json.loads(where.read_text())
+    row = content[1] if name == "vizwiz" else content["annotations"][1]
+    row["answers"][2]["answer"] = answer
+    for file in [where] if name == "vizwiz" else (data / name).iterdir():
+        shutil.copy(file, tmp_path)
+    broken = tmp_path / where.name
+    broken.write_text(json.dumps(content))
+    given = "--data", str(broken if name == "vizwiz" else tmp_path), "--images", str(data / "images")
+    evaluate(tmp_path, name, *given, status=2)
+    question = "COCO_val2014_000000000001.jpg" if name == "vizwiz" else 10
+    said = f"Got {broken} whose question {question!r} has the answer {answer}; need a text from every human; leave"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "count"), [("coco-captions", 6), ("flickr30k-captions", 4)])
 def test_captions_are_scored_from_the_benchmarks_own_file_and_a_kill_loses_nothing(
     data, name, count, tmp_path, monkeypatch
@@ -217,6 +284,7 @@ def test_captions_are_scored_from_the_benchmarks_own_file_and_a_kill_loses_nothi
     truth, _ = cider([one["caption"] for one in again["captions"]], [one.captions for one in items], with_java=False)
     assert again["scores"]["cider"] == pytest.approx(truth.mean(), abs=1e-4)
     assert again["scores"]["cider"] > 0.1
+    assert set(again["settings"]) >= OF_SETTINGS
     assert again["settings"]["tokenizer"] == "plain (no Java here)"
 
 

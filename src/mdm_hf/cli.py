@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if "model" in options:
             _check_model(options.model)
+        if getattr(options, "trained", None) is not None:
+            _check_model(options.trained, "--trained")
         options.run(options)
     except (
         ValueError,
@@ -50,12 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _check_model(model: str) -> None:
+def _check_model(model: str, flag: str = "--model") -> None:
     is_folder = model != "" and Path(model).is_dir()
     if not is_folder and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
         raise ValueError(
-            f"Got {model!r}, which is no folder here; give --model a folder or a Hub repository owner/name, or run "
-            "this in the repository's root, where the default lies."
+            f"Got {model!r}, which is no folder here; give {flag} a folder or a Hub repository owner/name, or "
+            + (
+                "run this in the repository's root, where the default lies."
+                if flag == "--model"
+                else "leave it out to train one."
+            )
         )
 
 
@@ -179,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         default=500,
         help="of digits and shapes: samples per task, 65 or more (default: %(default)s)",
     )
-    evaluate.add_argument("--steps", type=int, default=20, help="solver steps of each modality (default: %(default)s)")
+    evaluate.add_argument("--steps", type=int, help="solver steps of each modality (default: the model's)")
     evaluate.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's)")
     evaluate.add_argument("--text-guidance-scale", type=float, help="of texts alone (default: the model's)")
     evaluate.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=INTERVAL)
@@ -256,7 +262,9 @@ def _tolerance(given: str) -> float | bool:
 
 def _sample_count(given: str) -> int:
     if _count(given) < 65:
-        raise argparse.ArgumentTypeError(f"got {given}; need 65 or more, for a Frechet distance over 64 pixels")
+        raise argparse.ArgumentTypeError(
+            f"got {given}; need 65 or more, for a Frechet distance over 64 pixels or features"
+        )
     return int(given)
 
 

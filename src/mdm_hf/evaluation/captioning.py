@@ -20,7 +20,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, bootstrap_interval, file_hash, reading, result, sampling_of
+from .results import ResultCache, bootstrap_interval, file_hash, reading, result, settings_of
 from .visual_questions import ask, coco_image
 
 
@@ -133,14 +133,13 @@ def run(options) -> dict:
     scores, tokenizer = cider(said, [one.captions for one in items])
     settings = {
         "benchmark": options.benchmark,
-        "model": options.model,
         "limit": options.limit,
         "seed": options.seed[0],
         "batch_size": options.batch_size,
         "prompt": options.prompt,
         "data": file_hash(options.data),
         "tokenizer": tokenizer,
-        **sampling_of(options, pipe),
+        **settings_of(options, pipe),
     }
     return result(
         {"cider": float(scores.mean())},

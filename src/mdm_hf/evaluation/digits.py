@@ -176,11 +176,12 @@ def over_seeds(results: list[dict]) -> dict:
 def run(options) -> dict:
     """The benchmark "digits" of the command line."""
     pipe = MDMPipeline.from_pretrained(options.model)
+    steps = pipe.model.generation_config.num_inference_steps if options.steps is None else options.steps
     results = [
         evaluate_digits(
             pipe,
             num_samples=options.num_samples,
-            num_inference_steps=options.steps,
+            num_inference_steps=steps,
             guidance_scale=options.guidance_scale,
             text_guidance_scale=options.text_guidance_scale,
             guidance_interval=options.guidance_interval,

@@ -18,7 +18,7 @@ from ..pipeline_mdm import MDMPipeline
 from ..training.digits import CAPTIONS, DIGIT_WORDS, digit_named_in, is_well_formed, load_digits_split
 from .digits import DigitJudge
 from .pictures import picture_grid
-from .results import bootstrap_interval, result, sampling_of
+from .results import bootstrap_interval, result, sampling_of, settings_hash, settings_of
 
 
 SIDE = 8  # pixels
@@ -170,6 +170,9 @@ def run(options) -> dict:
     pipe = MDMPipeline.from_pretrained(options.model)
     editing = DigitsEditing(pipe, options.num_samples, sampling_of(options, pipe), options.seed[0])
     found = editing.run()
+    settings = {"benchmark": "digits-editing", **settings_of(options, pipe), **found["settings"]}
+    del settings["hash"]
+    found["settings"] = settings | {"hash": settings_hash(settings)}
     options.work_dir.mkdir(parents=True, exist_ok=True)
     editing.sheet().save(options.work_dir / "digits-editing.png")
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..pipeline_mdm import MDMPipeline
-from .results import batches, file_hash, model_id, reading, result, sampling_of, settings_hash
+from .results import batches, file_hash, reading, result, sampling_of, settings_hash, settings_of
 
 
 SAMPLES = 4  # of each prompt, as GenEval's paper has it
@@ -64,9 +64,9 @@ def run(options) -> dict:
     pipe = MDMPipeline.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
     sampling, seed = sampling_of(options, pipe), options.seed[0]
-    settings = {"benchmark": "geneval", "model": options.model, "seed": seed, "samples": SAMPLES, **sampling}
+    settings = {"benchmark": "geneval", "seed": seed, "samples": SAMPLES, **settings_of(options, pipe)}
     settings["data"] = file_hash(options.data)
-    folder = options.work_dir / "geneval" / settings_hash(settings | {"state": model_id(options.model)})
+    folder = options.work_dir / "geneval" / settings_hash(settings)
 
     def place(i: int) -> Path:
         return folder / f"{i // SAMPLES:05d}" / "samples" / f"{i % SAMPLES:04d}.png"

@@ -18,7 +18,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from ..pipeline_mdm import MDMPipeline
-from .results import batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .results import batches, bootstrap_interval, file_hash, result, sampling_of, settings_hash, settings_of
 from .visual_questions import shown_picture
 
 
@@ -149,7 +149,10 @@ def distance_interval(made: np.ndarray, real: np.ndarray, draws: int = 20) -> li
 def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws: int = 20) -> tuple[dict, dict]:
     """All four scores of (features, probabilities) of real and of made pictures, and 95% intervals over the made ones.
 
-    That of the Inception Score is by its parts, as a distance's is by its draws."""
+    That of the Inception Score is by its parts, as a distance's is by its draws. Recall has none. It asks which real
+    pictures lie near made ones, so that what varies is the set of made ones: one drawn twice would be its own
+    neighbour, and shrink the manifold that is asked about. Over the real ones alone the bootstrap covers too seldom:
+    in 80% of 200 draws of 300 Gaussian points beside 400, in six dimensions, not in 95%."""
     inside, covered = precision_and_recall(real[0], made[0])
     score, spread = inception_score(made[1], splits)
     parts = min(splits, len(made[1]))
@@ -165,7 +168,6 @@ def score_features(real: tuple, made: tuple, name: str, splits: int = 10, draws:
         name: distance_interval(made[0], real[0], draws),
         "inception_score": [score - of_score, score + of_score],
         "precision": bootstrap_interval(inside),
-        "recall": bootstrap_interval(covered),
     }
     return scores, intervals
 
@@ -187,9 +189,9 @@ def run(options) -> dict:
             f"Got no --data for {options.model}, which has no classes; need a text file, a prompt a line."
         )
     count, sampling, seed = options.limit or 50_000, sampling_of(options, pipe), options.seed[0]
-    settings = {"benchmark": "fid", "model": options.model, "seed": seed, "classes": pipe.model.config.num_classes}
-    settings |= sampling | {"data": None if prompts is None else file_hash(options.data)}
-    folder = options.work_dir / "fid" / settings_hash(settings | {"state": model_id(options.model)})
+    settings = {"benchmark": "fid", "seed": seed, "classes": pipe.model.config.num_classes}
+    settings |= settings_of(options, pipe) | {"data": None if prompts is None else file_hash(options.data)}
+    folder = options.work_dir / "fid" / settings_hash(settings)
 
     def draw(part: range) -> list[Image.Image]:
         conditions: dict = {"text": [prompts[i % len(prompts)] for i in part]} if prompts else {}

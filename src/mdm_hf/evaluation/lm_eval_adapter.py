@@ -10,6 +10,7 @@
 
 import hashlib
 import importlib.util
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
@@ -26,7 +28,16 @@ from lm_eval.tasks import TaskManager
 
 from ..choice_scores import score_conversations
 from ..pipeline_mdm import MDMPipeline
-from .results import ResultCache, batches, bootstrap_interval, file_hash, model_id, result, sampling_of, settings_hash
+from .results import (
+    ResultCache,
+    batches,
+    bootstrap_interval,
+    file_hash,
+    result,
+    sampling_of,
+    settings_hash,
+    settings_of,
+)
 
 
 # Benchmark -> the folder that lm-eval has it in. Reading one takes a moment, reading all of them half a minute.
@@ -41,6 +52,20 @@ TASK_FOLDERS = {
     "gsm8k": "gsm8k",
     "hendrycks_math": "hendrycks_math",
     "mmlu": "mmlu/default",
+}
+
+# The columns of each that are read of a row.
+COLUMNS = {
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "openbookqa": ("question_stem", "choices", "answerKey"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "arc_challenge": ("question", "choices", "answerKey"),
+    "boolq": ("passage", "question", "label"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "gsm8k": ("question", "answer"),
+    "hendrycks_math": ("problem", "solution"),
+    "mmlu": ("question", "choices", "answer"),
 }
 
 
@@ -182,20 +207,51 @@ def leaves(index: dict, name: str) -> list[str]:
     return [name] if parts is None else [leaf for part in parts() for leaf in leaves(index, part)]
 
 
-def write_local_tasks(index: dict, names: list[str], data: Path, folder: Path) -> list[str]:
+def check_rows(path: Path, columns: Sequence[str]) -> None:
+    """Looks through a file of JSON lines before it is scored on.
+
+    Raises:
+        ValueError: a line that is no JSON object, or lacks one of `columns`.
+    """
+    remedy = "need one row of the Hub's data set a line; write them with datasets' Dataset.to_json."
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip())
+            except ValueError as error:
+                why = getattr(error, "msg", error)  # the place it names is one of the line alone
+                raise ValueError(
+                    f"Got --data with {path}, whose line {number} is not whole JSON ({why}); {remedy}"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"Got --data with {path}, whose line {number} is no JSON object; {remedy}")
+            if lacking := [name for name in columns if row.get(name) is None]:
+                raise ValueError(
+                    f"Got --data with {path}, whose line {number} has no {', '.join(map(repr, lacking))}; {remedy}"
+                )
+
+
+def write_local_tasks(
+    index: dict, names: list[str], data: Path, folder: Path, columns: Sequence[str] = ()
+) -> list[str]:
     """Copies of the tasks that read JSON lines instead of the Hub's data sets, written to `folder`: their names.
 
     Args:
         data: Folder with <split>.jsonl, or of a group with a folder of those for each subset that is to be run.
+        columns: What every row has to have.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or one that `check_rows` refuses.
     """
     found = []
     for name in names:
         subset = index[name].cfg.get("dataset_name")
         of_task = data if len(names) == 1 else data / str(subset)
         files = {path.stem: str(path.resolve()) for path in sorted(of_task.glob("*.jsonl"))}
+        for path in files.values():
+            check_rows(Path(path), columns)
         if files:
             change = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
             text = yaml.safe_dump({"include": str(index[name].yaml_path), "task": name, **change})
@@ -238,13 +294,14 @@ def run(options) -> dict:
     sampling = sampling_of(options, pipe)
     of_draws = {"num_draws": options.num_draws, "seed": options.seed[0]}
     cache = options.work_dir / f"{name}.jsonl"
-    lm = MDMForLMEval(pipe, cache, model_id(options.model), sampling, **of_draws, batch_size=options.batch_size)
+    of_model = settings_of(options, pipe)
+    lm = MDMForLMEval(pipe, cache, settings_hash(of_model), sampling, **of_draws, batch_size=options.batch_size)
     own = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
     manager = TaskManager(include_path=str(own / TASK_FOLDERS[name]), include_defaults=False)
     with tempfile.TemporaryDirectory() as folder:
         names = leaves(manager.task_index, name)
         if options.data is not None:
-            names = write_local_tasks(manager.task_index, names, options.data, Path(folder))
+            names = write_local_tasks(manager.task_index, names, options.data, Path(folder), COLUMNS[name])
             manager = TaskManager(include_path=folder, include_defaults=False)
         try:
             found = simple_evaluate(
@@ -255,6 +312,12 @@ def run(options) -> dict:
                 task_manager=manager,
                 bootstrap_iters=0,
             )
+        except DatasetsError as error:
+            where = "no --data" if options.data is None else f"--data {options.data}"
+            raise ValueError(
+                f"Got {where} for {name}, of which datasets makes no table ({error.__cause__ or error}); need rows of "
+                "the Hub's data set, each column of one type; write them with datasets' Dataset.to_json."
+            ) from error
         except OSError as error:  # of datasets and huggingface_hub, where there is no network and no cache
             raise ValueError(
                 f"Got no data for {name} ({error}); need the network, to fetch from the Hub, once, what lm-eval "
@@ -263,13 +326,12 @@ def run(options) -> dict:
     values = pooled(found["samples"])
     settings = {
         "benchmark": name,
-        "model": options.model,
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "tasks": {task: found["versions"].get(task) for task in names},
         "data": None if options.data is None else data_hash(options.data),
         **of_draws,
-        **sampling,
+        **of_model,
     }
     return result(
         {metric: float(np.mean(v)) for metric, v in values.items()},

@@ -202,9 +202,21 @@ def with_rows(found: dict, wanted: Mapping[str, tuple[dict, Callable[[], dict]]]
         found: What else the results have.
         wanted: The settings of each row, and how it is made, by the variants' names.
         path: JSON, written anew after each row; rows of other settings are left in it until all are made.
+
+    Raises:
+        ValueError: the file is there, but is no table of results.
     """
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    known, rows = {row.get("key"): row for row in kept}, []
+    known: dict[str | None, dict] = {}
+    rows: list[dict] = []
+    if path.is_file():
+        try:
+            known = {row.get("key"): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            lack = f"no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"Got {path}, which is no whole file of results ({lack}); need the one that an earlier run left, or "
+                "none; delete it to make its rows anew, or name another --output."
+            ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     for label, (settings, make) in wanted.items():
         key = settings_hash(settings)

@@ -25,6 +25,8 @@ SAMPLING = (
     "text_selection_tolerance",
 )
 
+OF_MODEL = ("step_tolerance", "modality_lag", "strength", "min_new_tokens", "selection_tolerance")  # no options
+
 
 def settings_hash(settings: dict) -> str:
     """A hash of the settings: results with the same one were made with the same settings."""
@@ -149,6 +151,25 @@ def sampling_of(options, pipe) -> dict:
     given = {"num_inference_steps": options.steps} | {name: getattr(options, name) for name in SAMPLING}
     defaults = pipe.model.generation_config
     return {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
+
+
+def settings_of(options, pipe) -> dict:
+    """All of the model and its sampling that a result depends on: settings with it are hashed, and results kept by it.
+
+    - model, state: its path or name, and its [`model_id`], with the Hub's commit where it has one.
+    - sampling: [`sampling_of`], and what is the model's own.
+    - solver: its name and a hash of its options.
+    """
+    defaults, commit = pipe.model.generation_config, getattr(pipe.model.config, "_commit_hash", None)
+    solver = pipe.scheduler or pipe.model.default_scheduler()
+    fields = {name: value for name, value in json.loads(solver.to_json_string()).items() if not name.startswith("_")}
+    return {
+        "model": options.model,
+        "state": model_id(options.model) + (f"@{commit}" if commit else ""),
+        **{name: getattr(defaults, name) for name in OF_MODEL},
+        **sampling_of(options, pipe),
+        "solver": f"{type(solver).__name__} {settings_hash(fields)}",
+    }
 
 
 def result(scores: dict, intervals: dict, settings: dict, started: float, **more: Any) -> dict:

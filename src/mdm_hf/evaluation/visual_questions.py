@@ -22,11 +22,11 @@ from .results import (
     batches,
     bootstrap_interval,
     file_hash,
-    model_id,
     reading,
     result,
     sampling_of,
     settings_hash,
+    settings_of,
 )
 
 
@@ -101,7 +101,7 @@ def read_questions(benchmark: str, data: Path, images: Path) -> list[Question]:
 
     Raises:
         ValueError: files that are not there, cannot be read or do not belong together; a question without words or
-            answers.
+            answers, or with an answer that is no text.
     """
     file = questions_file(benchmark, data)
     with reading(file, f"the questions of {benchmark} as they were published"):
@@ -126,7 +126,7 @@ def _vizwiz(file: Path, images: Path) -> list[Question]:
             id=row["image"],
             image=images / row["image"],
             text=row["question"],
-            answers=tuple(one["answer"] for one in row.get("answers", ())),
+            answers=_answers(file, row["image"], row.get("answers", ())),
             kind=row.get("answer_type", "other"),
         )
         for row in json.loads(file.read_text(encoding="utf-8"))
@@ -138,7 +138,10 @@ def _of_coco(file: Path, data: Path, images: Path) -> list[Question]:
     annotations = _only(data, "*annotations.json")
     with reading(annotations, "the annotations of the same split as they were published"):
         of_question = {
-            row["question_id"]: (tuple(one["answer"] for one in row["answers"]), row.get("answer_type", "other"))
+            row["question_id"]: (
+                _answers(annotations, row["question_id"], row["answers"]),
+                row.get("answer_type", "other"),
+            )
             for row in json.loads(annotations.read_text(encoding="utf-8"))["annotations"]
         }
     subtype = asked.get("data_subtype", "val2014")
@@ -154,6 +157,21 @@ def _of_coco(file: Path, data: Path, images: Path) -> list[Question]:
             Question(id=row["question_id"], image=image, text=row["question"], answers=answers, kind=kind)
         )
     return questions
+
+
+def _answers(file: Path, question: Any, rows: Sequence[dict]) -> tuple[str, ...]:
+    """What the humans answered to a question.
+
+    Raises:
+        ValueError: one of the answers is no text.
+    """
+    answers = tuple(one["answer"] for one in rows)
+    if bad := [one for one in answers if not isinstance(one, str)]:
+        raise ValueError(
+            f"Got {file} whose question {question!r} has the answer {bad[0]!r}; need a text from every human; leave "
+            "the answer or the question out."
+        )
+    return answers
 
 
 def coco_image(folder: Path, subtype: str, image_id: int) -> Path:
@@ -212,7 +230,7 @@ def ask(pipe: MDMPipeline, pictures: Sequence[Path], texts: Sequence[str | None]
             "them there, or lower --limit."
         )
     sampling, seed, size = sampling_of(options, pipe), options.seed[0], options.batch_size
-    told = settings_hash({"model": model_id(options.model), "seed": seed, "size": size, **sampling})
+    told = settings_hash({"seed": seed, "size": size, **settings_of(options, pipe)})
     states = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in pictures]
     keys = [f"{told} {i} {state} {text}" for i, (state, text) in enumerate(zip(states, texts, strict=True))]
     pipe.set_progress_bar_config(disable=True)
@@ -239,12 +257,11 @@ def run(options) -> dict:
     parts = {"accuracy": points} | {f"accuracy ({kind})": points[kinds == kind] for kind in sorted(set(kinds))}
     settings = {
         "benchmark": name,
-        "model": options.model,
         "limit": options.limit,
         "seed": options.seed[0],
         "batch_size": options.batch_size,
         "data": file_hash(questions_file(name, options.data)),
-        **sampling_of(options, pipe),
+        **settings_of(options, pipe),
     }
     return result(
         {part: float(values.mean()) for part, values in parts.items()},
