@@ -41,6 +41,7 @@ from mdm_hf.evaluation.shapes import TASKS
 
 QUESTION = "MDM, the same with a Transformer, or Transfusion, in the same time with as many parameters?"
 TRANSFUSION = {"learning_rate": 5e-3, "depth": 2}
+GUIDANCE = {"guidance_scale": 5.0, "guidance_interval": (0.0, 0.6)}  # Transfusion's, chosen on the validation split
 
 
 def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Path:
@@ -97,7 +98,7 @@ def main() -> None:
         if Transfusion is None:
             print('Transfusion is left out: it needs pip install -c constraints.txt -e ".[baselines]"')
         else:
-            variant = Variant(sampling=sampling)
+            variant = Variant(sampling=GUIDANCE | sampling)
             settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest)
             wanted["transfusion"] = settings | {"transfusion": TRANSFUSION}, partial(peer, variant)
         found = with_rows({"experiment": "peers", "question": QUESTION}, wanted, output)
