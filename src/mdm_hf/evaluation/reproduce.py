@@ -409,10 +409,10 @@ def plot(found: dict, path: Path) -> None:
         errors.append([max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)])
         axis.bar(at, values, width, yerr=errors, capsize=2, label=row["variant"])
     axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axis.set_ylim(0, 1)
+    axis.set(ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))  # the legend is above the bars
     axis.set_title(found["question"], loc="left", fontsize=10)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8, ncols=3)
+    axis.legend(fontsize=8, ncols=3, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
