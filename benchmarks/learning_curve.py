@@ -73,7 +73,7 @@ def plot(points: list[dict], path: Path) -> None:
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
     axis.set(xlabel="optimiser steps", ylabel="share right", ylim=(0, 1))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
