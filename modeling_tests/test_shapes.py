@@ -304,9 +304,7 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
 
 
 def test_a_variant_that_is_timed_on_a_busy_machine_still_gets_its_steps(recipe, tmp_path, monkeypatch) -> None:
-    paces = iter(
-        [0.5, 1.2, 0.9, 1.2, 0.9]
-    )  # on an idle machine once, then on one half as fast, then on a little less busy one
+    paces = iter([0.5, 1.2, 0.9, 1.2, 0.9])  # on an idle machine once, then in turns on a busy one
     monkeypatch.setattr(module, "seconds_a_step", lambda recipe, scratch: next(paces))
     plain = load_recipe(recipe)
     own = {"steps": 200, "cpu_seconds_a_step": 0.5, "of_plain_pace": []}

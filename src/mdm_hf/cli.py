@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         if "model" in options:
-            _check_model(options.model)
+            _check_model("--model", options.model, "run this in the repository's root, where the default lies")
         if getattr(options, "trained", None) is not None:
-            _check_model(options.trained, "--trained")
+            _check_model("--trained", options.trained, "leave it out to train one")
         options.run(options)
     except (
         ValueError,
@@ -52,16 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _check_model(model: str, flag: str = "--model") -> None:
+def _check_model(flag: str, model: str, otherwise: str) -> None:
     is_folder = model != "" and Path(model).is_dir()
     if not is_folder and (model == DEFAULT_MODEL or len(Path(model).parts) != 2):
         raise ValueError(
             f"Got {model!r}, which is no folder here; give {flag} a folder or a Hub repository owner/name, or "
-            + (
-                "run this in the repository's root, where the default lies."
-                if flag == "--model"
-                else "leave it out to train one."
-            )
+            f"{otherwise}."
         )
 
 

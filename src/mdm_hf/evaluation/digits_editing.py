@@ -18,7 +18,7 @@ from ..pipeline_mdm import MDMPipeline
 from ..training.digits import CAPTIONS, DIGIT_WORDS, digit_named_in, is_well_formed, load_digits_split
 from .digits import DigitJudge
 from .pictures import picture_grid
-from .results import bootstrap_interval, result, sampling_of, settings_hash, settings_of
+from .results import bootstrap_interval, result, sampling_of, settings_of
 
 
 SIDE = 8  # pixels
@@ -151,7 +151,7 @@ class DigitsEditing:
         boxes = [(x, y, x + SIDE, y + SIDE) for y in range(0, image.height, SIDE) for x in range(0, image.width, SIDE)]
         return self.judge([image.crop(box) for box in boxes])
 
-    def run(self) -> dict:
+    def run(self, of_model: dict | None = None) -> dict:
         started = time.perf_counter()
         self.pictures()
         self.texts()
@@ -161,7 +161,7 @@ class DigitsEditing:
             self.right[name] = np.concatenate(parts)
         scores = {name: float(value.mean()) for name, value in self.right.items()}
         intervals = {name: bootstrap_interval(value) for name, value in self.right.items()}
-        settings = self.settings | {"num_samples": self.num_samples, "seed": self.seed}
+        settings = (of_model or {}) | self.settings | {"num_samples": self.num_samples, "seed": self.seed}
         return result(scores | {"known_parts_kept": float(self.is_kept)}, intervals, settings, started)
 
 
@@ -169,10 +169,7 @@ def run(options) -> dict:
     """The benchmark "digits-editing" of the command line."""
     pipe = MDMPipeline.from_pretrained(options.model)
     editing = DigitsEditing(pipe, options.num_samples, sampling_of(options, pipe), options.seed[0])
-    found = editing.run()
-    settings = {"benchmark": "digits-editing", **settings_of(options, pipe), **found["settings"]}
-    del settings["hash"]
-    found["settings"] = settings | {"hash": settings_hash(settings)}
+    found = editing.run({"benchmark": "digits-editing", **settings_of(options, pipe)})
     options.work_dir.mkdir(parents=True, exist_ok=True)
     editing.sheet().save(options.work_dir / "digits-editing.png")
     return found
