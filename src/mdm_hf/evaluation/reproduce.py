@@ -118,7 +118,7 @@ EXPERIMENTS = {
         "How much guidance, and from which noise on?",
         {
             **{f"{scale}": _guided(scale, 1.0) for scale in (1.0, 1.5, 2.0, 3.0, 5.0)},
-            **{f"{scale} from t = {high}": _guided(scale, high) for scale in (3.0, 5.0) for high in (0.5, 0.7)},
+            **{f"{scale} below t = {high}": _guided(scale, high) for scale in (3.0, 5.0) for high in (0.5, 0.7)},
         },
         ("class_to_image", "text_to_image", "image_and_text"),
     ),
