@@ -7,8 +7,8 @@ more steps in the time; Transfusion writes token by token and learns texts from 
 where a diffusion learns them from one noise level a row.
 
     python benchmarks/shapes_peers.py --small                    # a minute, shows that it runs
-    python benchmarks/shapes_peers.py --cpu-seconds 7200 --output docs/shapes_peers.json \
-        --plot docs/images/shapes_peers.png
+    python benchmarks/shapes_peers.py --cpu-seconds 6440 --vae model_cards/mdm-shapes \
+        --output docs/shapes_peers.json --plot docs/images/shapes_peers.png
 """
 
 import argparse
@@ -44,9 +44,9 @@ TRANSFUSION = {"learning_rate": 5e-3, "depth": 2}
 GUIDANCE = {"guidance_scale": 5.0, "guidance_interval": (0.0, 0.6)}  # Transfusion's, chosen on the validation split
 
 
-def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int) -> Path:
+def transfusion(recipe: str, folder: Path, cpu_seconds: float, seed: int, vae: str | None) -> Path:
     """The folder of a baseline trained for the same seconds on the same VAE's latents, made if need be."""
-    base = on_shared_vae(recipe, (), folder, seed)
+    base = on_shared_vae(recipe, (), folder, seed, vae)
     settings = for_steps(base, Path(), 0) | {"cpu_seconds": float(cpu_seconds), **TRANSFUSION}
     target = folder / f"transfusion-{settings_hash(settings)}"
     if not (target / "final").is_dir():
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", type=float, default=7200, help="of training, for each model")
     parser.add_argument("--num-samples", type=int, default=200, help="a task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", help="a trained model with the VAE for all; else it is trained first")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/reproduce"), help="keeps models and scores")
     parser.add_argument("--output", type=Path, help="JSON, the table beside it; rows that it has are not made again")
     parser.add_argument("--plot", type=Path)
@@ -76,30 +77,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if options.small:
             options.recipe, options.work_dir = small_recipe(Path(scratch)), Path(scratch) / "work"
-            options.cpu_seconds, options.num_samples = 1, 65
+            options.cpu_seconds, options.num_samples, options.vae = 1, 65, None
             tasks, sampling = ("image_and_text",), {"num_inference_steps": 2}
         folder, scores = options.work_dir / "models", options.work_dir / "scores"
         output = options.output or options.work_dir / "peers.json"
         rest = options.num_samples, options.seed
+        budget = options.cpu_seconds, options.seed, options.vae
 
         def mdm(variant: Variant) -> dict:
-            where = trained(options.recipe, variant.changes, folder, options.cpu_seconds, options.seed)
+            where = trained(options.recipe, variant.changes, folder, *budget)
             return scored(where, variant, tasks, scores, *rest)
 
         def peer(variant: Variant) -> dict:
-            where = transfusion(options.recipe, folder, options.cpu_seconds, options.seed)
+            where = transfusion(options.recipe, folder, *budget)
             return scored(where, variant, tasks, scores, *rest, load=TransfusionPipeline.from_pretrained)
 
         wanted = {}
         for label, one in EXPERIMENTS["table3"].variants.items():
             variant = replace(one, sampling=sampling)
-            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest)
+            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest, vae=options.vae)
             wanted[label] = settings, partial(mdm, variant)
         if Transfusion is None:
             print('Transfusion is left out: it needs pip install -c constraints.txt -e ".[baselines]"')
         else:
             variant = Variant(sampling=GUIDANCE | sampling)
-            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest)
+            settings = row_settings(options.recipe, variant, tasks, options.cpu_seconds, *rest, vae=options.vae)
             wanted["transfusion"] = settings | {"transfusion": TRANSFUSION}, partial(peer, variant)
         found = with_rows({"experiment": "peers", "question": QUESTION}, wanted, output)
         output.with_suffix(".md").write_text(table(found), encoding="utf-8")

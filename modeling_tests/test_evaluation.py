@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mdm_hf import MDMPipeline
 from mdm_hf.evaluation.demo import with_truth
@@ -153,6 +155,16 @@ def test_a_model_is_another_one_when_any_of_its_configurations_changes(name, tmp
     (tmp_path / "scores.json").write_text("{}")
     assert model_id(str(tmp_path)) == before
     (tmp_path / name).write_text('{"a": 1}')
+    assert model_id(str(tmp_path)) != before
+
+
+def test_a_model_is_the_same_one_wherever_it_lies_and_another_with_other_weights(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    before = model_id(str(tmp_path))
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    copy = shutil.copytree(tmp_path, tmp_path / "copy")
+    assert model_id(str(tmp_path)) == model_id(str(copy)) == before
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     assert model_id(str(tmp_path)) != before
 
 

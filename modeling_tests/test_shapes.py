@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from mdm_hf.evaluation import reproduce as module
 from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, steps_within, table
@@ -301,6 +303,28 @@ def test_an_ablation_trains_each_variant_once_for_its_seconds_and_goes_on_where_
     monkeypatch.setattr(module, "run_recipe", None)  # nothing is trained again
     monkeypatch.setattr(module, "ShapesBenchmark", None)  # nor scored
     assert json.loads(json.dumps(reproduce("vae", recipe, tmp_path, cpu_seconds=0.5, num_samples=COUNT))) == kept
+
+
+def test_a_trained_models_vae_is_given_to_every_variant(recipe, tmp_path, monkeypatch) -> None:
+    base = module.on_shared_vae(recipe, (), tmp_path / "models", seed=0)
+    vae = Path(base["processor"])
+    monkeypatch.setattr(module, "seconds_a_step", lambda *_: 0.05)
+    variants = {"frozen": Variant(("stages.diffusion.freeze=encoder",))}
+    monkeypatch.setitem(EXPERIMENTS, "vae", Experiment("Which?", variants, ("image_and_text",)))
+    settings = {"cpu_seconds": 0.1, "num_samples": COUNT}
+    found = reproduce("vae", recipe, tmp_path / "given", **settings, vae=vae)
+    [final] = (tmp_path / "given" / "models").glob("*/final")  # none is the VAE's
+    encoders = [
+        {name: weight for name, weight in load_file(folder / "model.safetensors").items() if ".encoder." in name}
+        for folder in (vae, final)
+    ]
+    assert encoders[0]
+    assert all(torch.equal(weight, encoders[1][name]) for name, weight in encoders[0].items())
+    shutil.copytree(vae, tmp_path / "copy")
+    monkeypatch.setattr(module, "run_recipe", None)  # nothing is trained again
+    assert reproduce("vae", recipe, tmp_path / "given", **settings, vae=tmp_path / "copy")["rows"] == found["rows"]
+    with pytest.raises(ValueError, match="Got a trained model, mine, and the VAE of yours to train others with;"):
+        reproduce("solver", recipe, tmp_path, model="mine", vae="yours")
 
 
 def test_a_variant_that_is_timed_on_a_busy_machine_still_gets_its_steps(recipe, tmp_path, monkeypatch) -> None:

@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--num-samples", type=_sample_count, default=200, help="a task (default: %(default)s)")
     again.add_argument("--seed", type=int, default=0, help="of training and samples (default: %(default)s)")
+    again.add_argument("--vae", help="a trained model with the VAE for all variants; else it is trained first")
 
     publishing.add_commands(command)
     conversion.add_commands(command)
@@ -401,6 +402,7 @@ def _reproduce(options) -> None:
         options.cpu_seconds,
         options.num_samples,
         options.seed,
+        options.vae,
     )
     print(table(found))
     print(f"Wrote {(options.output / options.experiment).resolve()}.json, .md and .png.")

@@ -3,7 +3,7 @@
 - Variants of an experiment differ in what it asks about and in nothing else: data, seed, batches, parameters (to a few
   in a hundred), solver, and seconds of the processor are the same. A second is worth more on an idle machine than on a
   busy one, so a variant's pace is measured in turns with the plain recipe's, and its steps follow from the ratio.
-- The unified VAE is trained once and given to all of them.
+- The unified VAE is trained once, or taken from a trained model, and given to all of them.
 - What is trained or scored is kept in the output folder under its settings' hash: a command that was stopped goes on
   where it was, and experiments share the variants that they have in common. Of rows that NAME.json already has, not
   even the models are needed: with that file an experiment goes on on another machine.
@@ -133,6 +133,7 @@ def reproduce(
     cpu_seconds: float = 1200,
     num_samples: int = 200,
     seed: int = 0,
+    vae: str | Path | None = None,
 ) -> dict:
     """Runs an experiment and writes `name.json`, `name.md` and `name.png`.
 
@@ -145,6 +146,8 @@ def reproduce(
         cpu_seconds: Processor time that each variant is trained for, on a machine as busy as when the first was timed.
         num_samples: Of each task.
         seed: Of the variants' training and of the samples.
+        vae: Folder of a trained model whose processor and VAE all variants get; the recipe's own stages make them if
+            None.
 
     Returns:
         The experiment's question and a row for each variant: scores, intervals, settings, steps, seconds, parameters.
@@ -164,14 +167,18 @@ def reproduce(
             f"Got a trained model, {model}, for {name}, whose variants differ in how they are trained; need solver or "
             "guidance with it; leave it out to train each variant."
         )
+    if model and vae:
+        raise ValueError(
+            f"Got a trained model, {model}, and the VAE of {vae} to train others with; need one; leave one out."
+        )
 
     def row(variant: Variant) -> dict:
-        where = Path(model) if model else trained(recipe, variant.changes, output / "models", cpu_seconds, seed)
+        where = Path(model) if model else trained(recipe, variant.changes, output / "models", cpu_seconds, seed, vae)
         return scored(where, variant, experiment.tasks, output / "scores", num_samples, seed)
 
     wanted = {}
     for label, variant in experiment.variants.items():
-        settings = row_settings(recipe, variant, experiment.tasks, cpu_seconds, num_samples, seed, model)
+        settings = row_settings(recipe, variant, experiment.tasks, cpu_seconds, num_samples, seed, model, vae)
         wanted[label] = settings, partial(row, variant)
     found = with_rows({"experiment": name, "question": experiment.question}, wanted, output / f"{name}.json")
     (output / f"{name}.md").write_text(table(found), encoding="utf-8")
@@ -187,10 +194,12 @@ def row_settings(
     num_samples: int,
     seed: int,
     model: str | None = None,
+    vae: str | Path | None = None,
 ) -> dict:
     """All that a row of a table depends on, but for the machine and its folders."""
     training = load_recipe(recipe, [f"seed={seed}", *variant.changes]) | {"output_dir": ""}
     how = {"recipe": training, "cpu_seconds": float(cpu_seconds)} if model is None else {"model": model_id(model)}
+    how |= _state_of(vae)
     sampling = {"sampling": variant.sampling, "solver": variant.solver, "benchmark_version": VERSION}
     return how | sampling | {"tasks": list(tasks), "num_samples": num_samples, "seed": seed}
 
@@ -228,21 +237,28 @@ def with_rows(found: dict, wanted: Mapping[str, tuple[dict, Callable[[], dict]]]
     return found | {"rows": rows}
 
 
-def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seconds: float, seed: int) -> Path:
+def trained(
+    recipe: str | Path,
+    changes: tuple[str, ...],
+    folder: Path,
+    cpu_seconds: float,
+    seed: int,
+    vae: str | Path | None = None,
+) -> Path:
     """The folder of a model trained by `recipe` with `changes` for so many seconds of the processor, made if need be.
 
     Beside the model `budget.json` says what it took.
     """
-    base = on_shared_vae(recipe, changes, folder, seed)
+    base = on_shared_vae(recipe, changes, folder, seed, vae)
     settings = for_steps(base, Path(), 0)  # whatever number of steps the recipe itself asks for
-    target = folder / settings_hash({"recipe": settings, "cpu_seconds": float(cpu_seconds)})
+    target = folder / settings_hash({"recipe": settings, "cpu_seconds": float(cpu_seconds)} | _state_of(vae))
     if (target / "final").is_dir():
         return target / "final"
     budget = target.with_suffix(".json")
     if not budget.is_file():
         timed = target.with_name(f".timed-{target.name}")
         measure = None if changes == () else partial(seconds_a_step, base, timed)
-        facts = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed), folder)
+        facts = steps_within(cpu_seconds, measure, on_shared_vae(recipe, (), folder, seed, vae), folder)
         write_whole(budget, json.dumps(facts | {"changes": list(changes)}))
     facts = json.loads(budget.read_text())
     run_recipe(for_steps(base, target, facts["steps"]), resume=target.is_dir())
@@ -250,16 +266,23 @@ def trained(recipe: str | Path, changes: tuple[str, ...], folder: Path, cpu_seco
     return target / "final"
 
 
-def on_shared_vae(recipe: str | Path, changes: tuple[str, ...], folder: Path, seed: int) -> dict:
-    """The recipe's diffusion stage alone, with processor and VAE of a run of the stages before, made if need be."""
-    plain = load_recipe(recipe, [f"seed={seed}"])
-    before = _without(plain, "diffusion")
-    shared = folder / f"vae-{settings_hash({'recipe': before})}"
-    if not (shared / "final").is_dir():
-        run_recipe(before | {"output_dir": str(shared)}, resume=shared.is_dir())
+def on_shared_vae(
+    recipe: str | Path, changes: tuple[str, ...], folder: Path, seed: int, vae: str | Path | None = None
+) -> dict:
+    """The recipe's diffusion stage alone, with processor and VAE of the model in the folder `vae`, or, if None, of a
+    run of the stages before, made if need be."""
+    if vae is None:
+        before = _without(load_recipe(recipe, [f"seed={seed}"]), "diffusion")
+        shared = folder / f"vae-{settings_hash({'recipe': before})}"
+        if not (shared / "final").is_dir():
+            run_recipe(before | {"output_dir": str(shared)}, resume=shared.is_dir())
+        vae = shared / "final"
     base = _without(load_recipe(recipe, [f"seed={seed}", *changes]), "tokenizer", "vae")
-    model = base["model"] | {"vae_from": str(shared / "final")}
-    return base | {"processor": str(shared / "final"), "model": model}
+    return base | {"processor": str(vae), "model": base["model"] | {"vae_from": str(vae)}}
+
+
+def _state_of(vae: str | Path | None) -> dict:
+    return {} if vae is None else {"vae": model_id(str(vae))}
 
 
 def steps_within(cpu_seconds: float, measure: Callable[[], float] | None, plain: dict, folder: Path) -> dict:
@@ -276,6 +299,7 @@ def steps_within(cpu_seconds: float, measure: Callable[[], float] | None, plain:
     scratch = folder / f".timed-{settings_hash(plain)}"
     kept = folder / f"pace-{settings_hash(for_steps(plain, Path(), 0))}.json"
     if not kept.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps({"cpu_seconds_a_step": seconds_a_step(plain, scratch)}))
     pace = json.loads(kept.read_text())["cpu_seconds_a_step"]
     turns = [] if measure is None else [(measure(), seconds_a_step(plain, scratch)) for _ in range(ROUNDS)]

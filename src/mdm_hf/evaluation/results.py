@@ -92,14 +92,14 @@ def bootstrap_interval(
 
 
 def model_id(model: str) -> str:
-    """What tells two states of one path apart: its configuration, with those of tokenizer, processor and solver, and
-    size and time of its weights' files; of a Hub repository its name."""
+    """What tells a model from another in a folder: a hash of its configuration, of those of tokenizer, processor and
+    solver, and of its weights' files, the same wherever it lies; of a Hub repository its name."""
     folder = Path(model)
     if not folder.is_dir():
         return model
     configs = [folder / "config.json", *sorted(path for name in CONFIGS for path in folder.glob(name))]
     parts: list[Any] = [path.read_text(encoding="utf-8") if path.is_file() else "" for path in configs]
-    parts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))]
+    parts += [[path.name, file_hash(path)] for path in sorted(folder.glob("*.safetensors"))]
     return settings_hash({"parts": parts})
 
 
