@@ -6,7 +6,7 @@ import torch
 from mdm_hf.scan_switch import image_scan_order, invert_order, scan, scan_orders, text_scan_order, unscan
 
 
-def conversation(prefix, target, directions=(4, 2), padding=0):
+def conversation(prefix, target, directions=(4, 2), padding=0, first=0):
     """Orders of one sequence given as segments: ("text", n) or ("image", h, w); a time token heads the targets."""
     fields = {name: [] for name in ("segment", "offset", "row", "column", "grid", "is_patch", "is_image")}
     fields |= {"in_target_group": [], "is_header": [], "is_padding": []}
@@ -19,7 +19,7 @@ def conversation(prefix, target, directions=(4, 2), padding=0):
         for name in ("is_patch", "is_image", "in_target_group", "is_header", "is_padding"):
             fields[name].append(values.get(name, False))
 
-    number = 0
+    number = first
     for is_target, segments in ((False, prefix), (True, [("time",), *target] if target else [])):
         for kind, *size in segments:
             shared = {"segment": number, "in_target_group": is_target}
@@ -106,6 +106,11 @@ def test_padding_stands_together_at_the_end():
     order = conversation([("text", 2)], [("text", 2)], padding=3)
     for k in range(4):
         assert sorted(order[-3:, k].tolist()) == [5, 6, 7]
+
+
+def test_a_stretch_of_a_longer_sequence_is_read_as_if_it_stood_alone():
+    segments = [("text", 2)], [("image", 2, 2), ("text", 3)]
+    assert torch.equal(conversation(*segments, padding=3, first=1000), conversation(*segments, padding=3))
 
 
 def test_unscan_inverts_every_scan_order():

@@ -206,15 +206,15 @@ def test_the_standard_error_is_the_spread_over_seeds(model):
 
 
 def test_neither_batch_nor_padding_nor_what_is_drawn_at_once_changes_a_score(model):
-    kinds = ["caption", "text", "both", "text_to_image", "class_to_image"]
-    together = model.score(**batch(kinds, is_training=True), num_samples=8, seeds=torch.arange(5), batch_size=7)
+    kinds = ["caption", "text", "both", "text_to_image", "class_to_image", "chat"]
+    together = model.score(**batch(kinds, is_training=True), num_samples=8, seeds=torch.arange(6), batch_size=7)
     for i, kind in enumerate(kinds):
         alone = model.score(**batch([kind], is_training=True), num_samples=8, seeds=seeds(i))
         for name in ("draws", "standard_error", "text_log_likelihood", "image_log_likelihood"):
             torch.testing.assert_close(together[name][i], alone[name][0], rtol=2e-4, atol=2e-3)
         assert together.num_text_targets[i] == alone.num_text_targets[0]
-    assert together.num_text_targets.tolist() == [5, 5, 5, 0, 0]
-    assert together.num_image_targets.tolist() == [0, 0, 6, 6, 6]
+    assert together.num_text_targets.tolist() == [5, 5, 5, 0, 0, 5]
+    assert together.num_image_targets.tolist() == [0, 0, 6, 6, 6, 0]
 
 
 def test_half_precision_changes_a_score_by_less_than_its_error(pipe):

@@ -106,6 +106,7 @@ def row(kind: str, is_training: bool = False) -> tuple[list[int], int]:
         "caption": ([USER, *image_segment(IMAGE)], text),
         "both": ([], image + text),
         "text": ([USER, *text_segment([20, 21])], text),
+        "chat": (20 * [USER, *text_segment([20, 21]), ASSISTANT, *text_segment([22])], text),  # many more segments
     }[kind]
     return [CLASS, *prefix, ASSISTANT, *target], len(target)
 

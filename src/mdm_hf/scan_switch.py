@@ -22,6 +22,7 @@ from .custom_ops import namespace_of, refuse_tangents
 NUM_IMAGE_ORDERS = 4
 NUM_TEXT_ORDERS = 2
 NAMESPACE = namespace_of(__name__)
+LONGEST = 2**24  # more than a sequence has segments, and a segment places
 
 
 def image_scan_order(height: int, width: int, direction: int) -> Tensor:
@@ -67,7 +68,8 @@ def scan_orders(
     """The order in which each direction reads each sequence.
 
     Args:
-        segment: (b, l) index of the segment a position belongs to, counted from the start of its sequence.
+        segment: (b, l) index of the segment a position belongs to, counted from the start of its sequence; the
+            positions may be a part of it, of which whole segments are missing.
         offset: (b, l) place of the position in its segment, opening token included.
         row, column: (b, l) patch coordinates; read only where `is_patch`.
         grid: (b, l, 2) height and width in patches of the image the position belongs to; read only where `is_patch`.
@@ -81,8 +83,7 @@ def scan_orders(
     Returns:
         order (b, l, k) with k = `directions[0]`.
     """
-    length = segment.shape[1]
-    size = length * length + length  # larger than any place in a sequence: segment * length + place in it
+    length, size = LONGEST, LONGEST**2  # a position's place in its sequence, segment * length + place, is below size
     row_major = torch.where(is_patch, row * grid[..., 1] + column + 1, offset)  # + 1: the opening token is place 0
     column_major = torch.where(is_patch, column * grid[..., 0] + row + 1, offset)
     keys = []
