@@ -123,6 +123,7 @@ class MDMModelOutput(ModelOutput):
         noise: (b, l, latent_size).
         posterior: q(z | g) of every position.
         posterior_noise: (b, l, latent_size), of the sample that is reconstructed; None in evaluation.
+        seeds: (b,), as given.
         layout: What each position is.
         known_images: (n, num_channels, h, w), what the unified VAE encoded: the pixels, or their latents.
     """
@@ -136,6 +137,7 @@ class MDMModelOutput(ModelOutput):
     noise: Tensor | None = None
     posterior: MDMLatentPosterior | None = None
     posterior_noise: Tensor | None = None
+    seeds: Tensor | None = None
     layout: SequenceLayout | None = None
     known_images: Tensor | None = None
 
@@ -363,10 +365,20 @@ class MDMModel(MDMPreTrainedModel):
             return torch.rand(b, 5, device=device), torch.randn(count, b, l, size, device=device)
         seeds = seeds.to(device).long()
         uniform = seeded_uniform(seeds.unsqueeze(1), torch.arange(-5, 0, device=device))
-        is_real = (~layout.is_padding).long()
-        place = (is_real.cumsum(1) - 1).unsqueeze(-1) * size + torch.arange(size, device=device)  # (b, l, size)
         streams = fold(seeds, torch.arange(count, device=device).unsqueeze(1))  # (count, b)
-        return uniform, seeded_normal(streams[..., None, None], place) * is_real.unsqueeze(-1)
+        normal = seeded_normal(streams[..., None, None], _places(layout, size))
+        return uniform, normal * (~layout.is_padding).unsqueeze(-1)
+
+    def draw_candidates(self, layout: SequenceLayout, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `score_entropy_sampled` needs of chance beside that: uniform (b, l), normal (b, l, k, latent_size)."""
+        (b, l), device = layout.input_ids.shape, layout.input_ids.device
+        k, size = self.config.num_candidates, self.config.latent_size
+        if seeds is None:
+            return torch.rand(b, l, device=device), torch.randn(b, l, k, size, device=device)
+        of_draw = 3  # streams
+        streams = fold(seeds.to(device).long().unsqueeze(1), of_draw + torch.arange(2, device=device))
+        uniform = seeded_uniform(streams[:, :1], _places(layout, 1).squeeze(-1))
+        return uniform, seeded_normal(streams[:, 1, None, None], _places(layout, k * size)).unflatten(-1, (k, size))
 
     def timesteps_from(self, uniform: Tensor, layout: SequenceLayout) -> Tensor:
         """t of image and text, independent and uniform in (0, 1], (b, 2). Where a row targets both, one of the two is
@@ -396,6 +408,18 @@ class MDMModel(MDMPreTrainedModel):
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, plans[i % len(plans)], None if cache is None else cache[i])
         return self.norm(hidden_states)
+
+    def read_conditions(
+        self,
+        latents: Tensor,
+        layout: SequenceLayout,
+        has_image: Tensor | None,
+        class_ids: Tensor | None,
+        cache: list[MDMConditionCache] | None,
+    ) -> Tensor:
+        """Runs the blocks over conditions alone, at t = 0, from which a cache goes on: (b, l, hidden_size)."""
+        clean = torch.zeros(len(latents), 2, device=latents.device)
+        return self.denoise(latents, layout, plan_scans(self.config, layout, has_image), clean, class_ids, cache)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -476,9 +500,16 @@ class MDMModel(MDMPreTrainedModel):
             noise=noise,
             posterior=posterior,
             posterior_noise=normal[2] if self.training else None,
+            seeds=seeds,
             layout=layout,
             known_images=known_images,
         )
+
+
+def _places(layout: SequenceLayout, size: int) -> Tensor:
+    """`size` places a position, counted over those of its row that are not padding: (b, l, size)."""
+    at = (~layout.is_padding).long().cumsum(1) - 1
+    return at.unsqueeze(-1) * size + torch.arange(size, device=at.device)
 
 
 def _keep_known(image: Tensor, is_known: Tensor, source: Tensor | None) -> Tensor:
@@ -632,7 +663,7 @@ class MDMForMultiModalGeneration(
         rec_text = self._text_loss(z, layout.input_ids, is_known_text)
         rec_image = torch.zeros_like(rec_text)
         if pixel_values is not None:
-            patches = patchify(pixel_values, config.vae_config.patch_size).to(z.dtype)
+            patches = patchify(pixel_values, config.vae_config.patch_size)
             _, h, w, _ = patches.shape
             pixels = patches[layout.known_index, layout.row.clamp(max=h - 1), layout.column.clamp(max=w - 1)]
             error = reconstruction_loss(pixels, vae.pixel_head(vae.decoder(z)))
@@ -666,7 +697,7 @@ class MDMForMultiModalGeneration(
                 predicted,
                 outputs.timesteps[:, :1].expand_as(level),
                 self.model.image_alpha_bar,
-                num_candidates=config.num_candidates,
+                *self.model.draw_candidates(outputs.layout, outputs.seeds),
             )
         else:
             se = image_score_entropy_exact(outputs.latents, predicted, loss_weight(level, config.loss_weighting))

@@ -19,7 +19,7 @@ All functions return one value per position and average nothing over positions. 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -171,8 +171,8 @@ def image_score_entropy_sampled(
     z0_hat: Tensor,
     t: Tensor,
     table: Tensor,
-    num_candidates: int = 8,
-    generator: torch.Generator | None = None,
+    uniform: Tensor,
+    candidates: Tensor,
 ) -> Tensor:
     """Eq. 4 over K sampled earlier states of the same position, normalised by Theorem 2: (..., d) -> (...).
 
@@ -183,30 +183,41 @@ def image_score_entropy_sampled(
 
     Neither difference cancels in fp32, and z_t itself drops out. All candidates share s: between times the densities'
     heights differ by v^(-d/2), the softmax would see only the smallest s, and no gradient would be left. For small
-    delta the value is a^2 / 2 delta^T Cov_r(e) delta; omega = 2 / (a^2 d kappa), kappa the mean variance of e under r
-    in this call, puts it on the scale of `image_score_entropy_exact` with unit weight.
+    delta the value is a^2 / 2 delta^T Cov_r(e) delta; omega = 2 / (a^2 d kappa), kappa the expected variance of e
+    under r, puts it on the scale of `image_score_entropy_exact` with unit weight.
 
     Args:
         z_0, z0_hat: The clean latent and its prediction (..., d).
         t: Time of z_t in [0, 1] (...); where it is 0 the result is 0.
         table: alpha_bar over time, see `noise_schedule.alpha_bar_table`.
-        num_candidates: K.
-        generator: Source of s and of the candidates.
+        uniform: s / t, drawn from [0, 1) (...).
+        candidates: The e_j, drawn from N(0, I) (..., K, d).
     """
+    num_candidates = candidates.shape[-2]
     if num_candidates < 2:
-        raise ValueError(f"`num_candidates` is {num_candidates}; a softmax over states needs at least 2.")
-    like: dict[str, Any] = {"generator": generator, "device": z_0.device, "dtype": z_0.dtype}
-    s = t * torch.rand(t.shape, **like)
-    e = torch.randn(*z_0.shape[:-1], num_candidates, z_0.shape[-1], **like)
+        raise ValueError(f"`candidates` holds {num_candidates} a position; a softmax over states needs at least 2.")
+    s, e = t * uniform, candidates
     a = (snr(alpha_bar_at(s, table)) - snr(alpha_bar_at(t, table))).clamp(min=1e-6).sqrt()
-    energy = -0.5 * (e**2).sum(-1)
+    energy = _energy(e)
     log_r = theorem2_log_score(energy)
     projection = (e @ (z0_hat - z_0).unsqueeze(-1)).squeeze(-1)  # e_j . delta
     log_s = theorem2_log_score(energy + a.unsqueeze(-1) * projection)
-    ratio = log_r.exp().unsqueeze(-1)
-    variance = (ratio * e**2).sum(-2) - (ratio * e).sum(-2) ** 2
-    omega = 2 / (a**2 * z_0.shape[-1] * variance.mean().clamp(min=1e-6))
+    omega = 2 / (a**2 * z_0.shape[-1] * _mean_variance(num_candidates, z_0.shape[-1]))
     return torch.where(t > 0, omega * score_entropy(log_s, log_r), torch.zeros_like(a))
+
+
+def _energy(candidates: Tensor) -> Tensor:
+    return -0.5 * (candidates**2).sum(-1)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _mean_variance(num_candidates: int, latent_size: int) -> float:
+    """kappa, over 4096 draws of candidates: of one call's own it would make a row's loss depend on its batch."""
+    with torch.device("cpu"):
+        e = torch.randn(4096, num_candidates, latent_size, generator=torch.Generator().manual_seed(0))
+    ratio = theorem2_log_score(_energy(e)).exp().unsqueeze(-1)
+    return float(((ratio * e**2).sum(-2) - (ratio * e).sum(-2) ** 2).mean())
 
 
 def ddpm_epsilon_loss(z0_hat: Tensor, noise: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
