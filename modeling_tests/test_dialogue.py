@@ -128,6 +128,14 @@ def test_a_dialogue_goes_on_from_a_file(pipe, tmp_path) -> None:
     assert forked.state.length.equal(chat.state.length)
 
 
+def test_a_state_moves_to_another_device_as_a_whole() -> None:
+    state = tiny_model().read_conversation(batch(["text"])["input_ids"][:, :2])
+    moved = state.to("meta")
+    assert {value.device.type for value in moved._tensors().values()} == {"meta"}
+    assert {value.device.type for value in state._tensors().values()} == {"cpu"}
+    assert moved._tensors().keys() == state._tensors().keys()
+
+
 def test_a_state_that_fits_nothing_is_refused(pipe, tmp_path) -> None:
     (tmp_path / "broken").write_bytes(b"no tensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")

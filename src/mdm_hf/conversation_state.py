@@ -25,7 +25,7 @@ from .configuration_mdm import MDMConfig
 from .fingerprint import fingerprint
 from .input_checks import check_inputs
 from .modeling_mdm_block import MDMConditionCache
-from .sequence_layout import image_of_each_row, plan_scans
+from .sequence_layout import image_of_each_row
 
 
 FORMAT = "mdm-conversation-state"
@@ -65,6 +65,18 @@ class MDMConversationState:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(value.nbytes for value in self._tensors().values())
+
+    def to(self, device: Any) -> "MDMConversationState":
+        """The state on another device; itself where it is there."""
+        unseen, seen = (
+            [
+                MDMConditionCache(**{name: value.to(device) for name, value in _tensors_of(cache).items()})
+                for cache in caches
+            ]
+            for caches in (self.unseen, self.seen)
+        )
+        moved = self.has_image.to(device), self.length.to(device)
+        return type(self)(unseen, seen, *moved, self.sizes, self.weights)
 
     def cache(self, has_image: Tensor) -> list[MDMConditionCache]:
         """Open caches of the rows, by whether they have an image now (b,)."""
@@ -243,10 +255,9 @@ class MDMConversationMixin:
         unseen, seen = self.new_condition_cache(), self.new_condition_cache()
         if state is not None:
             state.check(self, len(input_ids), input_ids)
-            has_image, length = has_image | state.has_image.to(has_image.device), length + state.length
+            state = state.to(latents.device)
+            has_image, length = has_image | state.has_image, length + state.length
             unseen, seen = (state.cache(torch.full_like(has_image, value)) for value in (False, True))
-        time = torch.zeros(len(input_ids), 2, device=latents.device)
         for value, cache in ((False, unseen), (True, seen)):
-            plan = plan_scans(self.config, layout, torch.full_like(has_image, value))
-            self.model.denoise(latents, layout, plan, time, class_ids, cache)
+            self.model.read_conditions(latents, layout, torch.full_like(has_image, value), class_ids, cache)
         return MDMConversationState.of(self, unseen, seen, has_image, length)

@@ -1,9 +1,9 @@
 """The model as the denoising loop sees it: z_t of the target group in, z0-hat out.
 
 - Conditions are read once, into a cache from which every network call starts.
-- Guidance, in one batch of two: what stands at t = 0 is a condition, and the unconditional half drops conditions. Its
-  prefix keeps only the class token ("none") and the assistant's role; a modality that is done becomes noise at t = 1.
-  Calls in which no row is guided do without that half.
+- Guidance, in one batch of two, of which the unconditional half drops conditions: its prefix keeps only the class
+  token ("none") and the assistant's role, and a modality that is done becomes noise at t = 1. What is known of a
+  segment that is filled in stays in both. Calls in which no row is guided do without that half.
 - What is frozen becomes a condition, in its place. With token selection (paper Sec. 3.2, Theorem 3) it is projected
   once more, clean, and from then on skipped: the scans read what was kept of it, so that later calls cost less.
 
@@ -47,6 +47,7 @@ class Denoiser:
         self.selects = any(self.tolerances[name] is not None and bool(targets[name].any()) for name in targets)
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None
+        self.codebook = model.model.vae.codebook() if bool(targets["text"].any()) else None
         self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
 
         both, class_pair, latents = layout, class_ids, conditions
@@ -63,8 +64,8 @@ class Denoiser:
         self.has_image = has_image = None if image_grid_hw is None else image_of_each_row(both)
         self.cache = model.new_condition_cache()
         if state is not None:
-            b, has_image = len(layout.input_ids), image_of_each_row(both)
-            has_image[:b] |= state.has_image.to(has_image.device)
+            b, has_image, state = len(layout.input_ids), image_of_each_row(both), state.to(conditions.device)
+            has_image[:b] |= state.has_image
             self.has_image = has_image
             self.cache = state.cache(has_image[:b])
             if self.guided:  # the other half starts as every conversation does, without a class
@@ -72,13 +73,11 @@ class Denoiser:
                 nothing = model.read_conversation(start).cache(has_image[b:])
                 self.cache = [one.stacked_on(other) for one, other in zip(self.cache, nothing, strict=True)]
         self.class_ids = class_pair
-        clean_time = torch.zeros(len(both.input_ids), 2, device=conditions.device)
         if use_cache:
             from_prefix = ~both.in_target_group & ~both.is_padding
             index, is_real = positions(from_prefix)
             prefix = both.select(index, is_real)
-            plan = plan_scans(config, prefix, has_image)
-            model.model.denoise(pick(latents, index), prefix, plan, clean_time, class_pair, self.cache)
+            model.model.read_conditions(pick(latents, index), prefix, has_image, class_pair, self.cache)
             for states in self.cache:
                 states.is_open = False
         else:
@@ -242,8 +241,8 @@ class Denoiser:
                     extrapolated = bare + self.scales["text"] * (logits - bare)
                     logits = torch.where(track.rows[self.text[0]].unsqueeze(-1), extrapolated, logits)
             self.logits = logits if self.selects else None
-            latent = vae.expected_token_latent(logits / self.text_temperature)
-            mixed = mixed.index_put(self.text, latent.float())
+            latent = (logits / self.text_temperature).softmax(-1) @ self.codebook
+            mixed = mixed.index_put(self.text, latent)
         else:
             self.logits = None
         seen = ~self.live_pair.is_padding[: len(live)].unsqueeze(-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .configuration_mdm import MDMConfig
 from .input_checks import check_inputs
-from .sequence_layout import pick, plan_scans, positions
+from .sequence_layout import pick, positions
 
 
 class MDMModalityGateMixin:
@@ -42,11 +42,9 @@ class MDMModalityGateMixin:
         images = self.model.known_images(layout, pixel_values, image_latents)
         latents = self.model.encode(layout, layout.input_ids, images).mean.float()
         index, is_real = positions(~layout.in_target_group & ~layout.is_padding)
-        prefix = layout.select(index, is_real)
-        plan = plan_scans(self.config, prefix, torch.ones_like(is_real[:, 0]))
-        clean = torch.zeros(len(index), 2, device=latents.device)
-        cache = None if state is None else state.cache(torch.ones_like(is_real[:, 0]))
-        states = self.model.denoise(pick(latents, index), prefix, plan, clean, class_ids, cache)
+        prefix, has_image = layout.select(index, is_real), torch.ones_like(is_real[:, 0])
+        cache = None if state is None else state.to(latents.device).cache(has_image)
+        states = self.model.read_conditions(pick(latents, index), prefix, has_image, class_ids, cache)
         return states[torch.arange(len(states), device=states.device), is_real.sum(1) - 1]
 
     @torch.no_grad()

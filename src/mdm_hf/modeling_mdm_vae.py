@@ -42,8 +42,9 @@ class MDMLatentPosterior(ModelOutput):
         return self.mean + (0.5 * self.log_variance).exp() * noise
 
     def kl(self) -> Tensor:
-        """D_KL(q(z | g) || N(0, I)), summed over the latent axis: (...,). Eq. 17."""
-        return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance).sum(-1)
+        """D_KL(q(z | g) || N(0, I)), summed over the latent axis, in float32 at least: (...,). Eq. 17."""
+        mean, log_variance = (_in_float(value) for value in (self.mean, self.log_variance))
+        return 0.5 * (mean**2 + torch.expm1(log_variance) - log_variance).sum(-1)
 
 
 @dataclass
@@ -149,10 +150,13 @@ class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
         """(..., latent_size) -> logits (..., vocab_size)."""
         return self.token_head(self.decoder(latents))
 
-    def expected_token_latent(self, logits: Tensor) -> Tensor:
-        """sum_y softmax(logits)_y mu(y): the mean of z_0 under the predicted tokens, (..., latent_size)."""
-        everything = torch.arange(self.config.vocab_size, device=logits.device)
-        return logits.softmax(-1) @ self.encode_tokens(everything).mean.to(logits.dtype)
+    def codebook(self) -> Tensor:
+        """mu(y) of every token y, in float32: (vocab_size, latent_size).
+
+        softmax(logits) @ codebook is the mean of z_0 under the predicted tokens.
+        """
+        everything = torch.arange(self.config.vocab_size, device=self.token_embedding.weight.device)
+        return self.encode_tokens(everything).mean.float()
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, **kwargs) -> "MDMVAEOutput":
@@ -174,5 +178,10 @@ class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
 
 
 def reconstruction_loss(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    """||X - X_hat||^2 per position, summed over the patch axis (Eq. 15): (..., patch) -> (...,)."""
-    return F.mse_loss(reconstruction, pixels, reduction="none").sum(-1)
+    """||X - X_hat||^2 of each position, in float32 at least (Eq. 15): (..., patch) -> (...,)."""
+    return F.mse_loss(_in_float(reconstruction), _in_float(pixels), reduction="none").sum(-1)
+
+
+def _in_float(value: Tensor) -> Tensor:
+    """In half precision a sum of many small errors, or of terms that cancel, is worth nothing."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

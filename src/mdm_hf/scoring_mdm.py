@@ -11,7 +11,7 @@ share one pass over them, and all draws start from its states.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .input_checks import check_inputs, check_labels, check_scored
 from .modeling_mdm_vae import patchify, reconstruction_loss
 from .noise_schedule import add_noise, alpha_bar
 from .score_entropy import LOGITS_IN_MEMORY, text_score_entropy
-from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions
+from .sequence_layout import SequenceLayout, image_of_each_row, pick, plan_scans, positions, rows_of
 
 
 # Share of q(a) that is uniform in a; the rest is uniform in log(1 - a). Text is decided where SNR is about 1, patches
@@ -138,7 +138,7 @@ class MDMScoringMixin:
         layout = self.model.layout(input_ids, *fixed)
         check_scored(self.config, layout, num_samples, batch_size)
         if seeds is None:
-            seeds = torch.randint(2**62, (len(input_ids),))
+            seeds = torch.randint(2**62, (len(input_ids),), device="cpu")
         known_images = self.model.known_images(layout, pixel_values, image_latents)
         view = _Scorer(self, layout, known_images, class_ids, seeds.tolist(), num_samples)
         everything = torch.arange(len(seeds) * num_samples, device=input_ids.device).split(batch_size)
@@ -159,14 +159,13 @@ class _Scorer:
     """The model seen from `score`: conditions cached, what each row draws, the bound of any of its draws."""
 
     def __init__(self, model, layout: SequenceLayout, known_images: Tensor | None, class_ids, seeds: list, n: int):
-        self.model, config, vae = model, model.config, model.model.vae
+        self.model, config = model, model.config
         posterior = model.model.encode(layout, layout.input_ids, known_images)
         self._encode_conditions(layout, posterior.mean.float(), class_ids)
         index, is_real = positions(layout.in_target_group & ~layout.is_padding)
         self.layout = layout.select(index, is_real)
         self.plan = plan_scans(config, self.layout, self.has_image)
-        everything = torch.arange(vae.config.vocab_size, device=index.device)
-        self.codebook = vae.encode_tokens(everything).mean.float()
+        self.codebook = model.model.vae.codebook()
         self.mean = pick(posterior.mean.float(), index)
         is_text = self.layout.is_text.unsqueeze(-1)
         self.mean = torch.where(is_text, self.codebook[self.layout.input_ids], self.mean)  # exactly an entry of it
@@ -182,7 +181,7 @@ class _Scorer:
 
     def _encode_conditions(self, layout: SequenceLayout, latents: Tensor, class_ids: Tensor | None) -> None:
         """One pass over the prefixes that differ; `prefix_of` says which of them a row has."""
-        config, model = self.model.config, self.model.model
+        model = self.model.model
         has_image = image_of_each_row(layout)
         self.has_image = has_image if bool(has_image.any()) else None
         self.class_ids = torch.full_like(layout.input_ids[:, 0], -1) if class_ids is None else class_ids
@@ -195,11 +194,9 @@ class _Scorer:
         _, self.prefix_of = torch.cat([told, of_row, of_patches], dim=1).unique(dim=0, return_inverse=True)
         first = torch.arange(len(latents) - 1, -1, -1, device=latents.device)
         some = torch.empty_like(first[: int(self.prefix_of.max()) + 1]).index_put((self.prefix_of[first],), first)
-        prefix = _rows(prefix, some)
-        plan = plan_scans(config, prefix, None if self.has_image is None else has_image[some])
+        has_image = None if self.has_image is None else has_image[some]
         self.cache = self.model.new_condition_cache()
-        clean_time = torch.zeros(len(some), 2, device=latents.device)
-        model.denoise(latents[some], prefix, plan, clean_time, self.class_ids[some], self.cache)
+        model.read_conditions(latents[some], rows_of(prefix, some), has_image, self.class_ids[some], self.cache)
         for states in self.cache:
             states.is_open = False
 
@@ -210,14 +207,15 @@ class _Scorer:
             (self.layout.is_target & self.layout.is_patch).any(1).tolist(),
         )
         b, m, d = self.mean.shape
-        self.time, self.weight = torch.empty(b, n, dtype=torch.float64), torch.empty(b, n, 2, dtype=torch.float64)
-        self.level = torch.empty(b, n, 2, dtype=torch.float64)
-        self.noise = torch.zeros(b, n, 2, m, d)
+        self.time, self.weight, self.level = (
+            torch.empty(b, n, *last, dtype=torch.float64, device="cpu") for last in ((), (2,), (2,))
+        )
+        self.noise = torch.zeros(b, n, 2, m, d, device="cpu")
         for row, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(seed)
+            drawn = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
             own = self.tables[0 if patches[row] else 1].cpu()  # of the modality that levels are drawn for
             share = UNIFORM_SHARE["image" if patches[row] else "text"]
-            uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(n, dtype=torch.float64, **drawn)
             a, density = noise_levels(uniform, float(own[-1]), float(own[1]), share)
             t, slope = time_of(a, own)
             self.time[row] = t
@@ -225,12 +223,12 @@ class _Scorer:
                 level = a if table.equal(own) else alpha_bar(t, table.cpu())
                 of_time = time_of(level, table.cpu())[1] / slope  # 1 where both modalities have one schedule
                 self.level[row, :, i], self.weight[row, :, i] = level, of_time / (2 * (1 - level) ** 2 * density)
-            noise = [torch.randn(n, 2, d, generator=generator) for _ in range(int(is_target[row].sum()))]
+            noise = [torch.randn(n, 2, d, **drawn) for _ in range(int(is_target[row].sum()))]
             self.noise[row, :, :, is_target[row]] = torch.stack(noise, dim=2)
 
     def bound(self, rows: Tensor, draws: Tensor) -> Tensor:
         """Eq. S1 with one draw, of `draws` (p,) of `rows` (p,): (p, 2), image and text, in float64."""
-        layout, device = _rows(self.layout, rows), rows.device
+        layout, device = rows_of(self.layout, rows), rows.device
         at = rows.cpu(), draws.cpu()
         noise, posterior_noise = self.noise[at].to(device).unbind(1)
         patch, text = layout.is_target & layout.is_patch, layout.is_target & layout.is_text
@@ -259,7 +257,7 @@ class _Scorer:
         """z0-hat (p, m, d) from z_t of `rows`: of text the codebook's mean under the predicted tokens."""
         model, of_prefix = self.model, self.prefix_of[rows]
         cache = [states.take(of_prefix) for states in self.cache]
-        hidden = model.model.denoise(z_t, layout, _rows(self.plan, rows), time, self.class_ids[rows], cache)
+        hidden = model.model.denoise(z_t, layout, rows_of(self.plan, rows), time, self.class_ids[rows], cache)
         z_0 = model.predict_latents(hidden, z_t, model.model.alpha_bar_at(layout, time))
         text = layout.is_text & layout.is_target
         expected = self._by_chunks(lambda z: self._logits(z).softmax(-1) @ self.codebook, z_0[text])
@@ -290,9 +288,3 @@ class _Scorer:
 def _gaussian_kl(z_0: Tensor, a: float) -> Tensor:
     """D_KL(q(z_1 | z_0) || N(0, I)) at alpha_bar a: (..., d) -> (...)."""
     return 0.5 * (a * z_0**2 - a - math.log1p(-a)).sum(-1)
-
-
-def _rows(values: Any, rows: Tensor) -> Any:
-    """A dataclass of tensors, some of them None, with the `rows` of each."""
-    parts = {field.name: getattr(values, field.name) for field in fields(values)}
-    return type(values)(**{name: value if value is None else value[rows] for name, value in parts.items()})

@@ -125,7 +125,8 @@ def build_layout(
     is_start = input_ids == config.image_start_token_id
     opens = is_single | is_start | (input_ids == config.text_start_token_id)
     closes = is_single | _isin(input_ids, [config.image_end_token_id, config.text_end_token_id])
-    opens = opens | torch.cat([torch.zeros_like(closes[:, :1]), closes[:, :-1]], dim=1)
+    ends = closes | is_padding  # on the left, too: a row may begin with bare text
+    opens = opens | torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1)
     segment = opens.long().cumsum(1)
     position = torch.arange(l, device=input_ids.device).expand(b, l)
     start = torch.where(opens, position, 0).cummax(1).values
@@ -252,7 +253,7 @@ def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, mask.gather(1, index)
 
 
-def rows_of(value: Rows, rows: slice) -> Rows:
+def rows_of(value: Rows, rows: slice | Tensor) -> Rows:
     """Some rows of a layout or a plan."""
     tensors = {field.name: getattr(value, field.name) for field in fields(value)}
     return replace(value, **{name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()})
