@@ -17,7 +17,7 @@ from diffusers import (
     SCMScheduler,
     UniPCMultistepScheduler,
 )
-from tiny import ASSISTANT, KINDS, LATENT, batch, generators, tiny_model
+from tiny import ASSISTANT, KINDS, VOCAB, batch, generators, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -61,7 +61,6 @@ def test_the_condition_cache_changes_no_sample(sharing, guidance):
 def test_the_condition_cache_gives_the_hidden_states_of_the_full_run():
     model = tiny_model()
     inputs = batch(["text_to_image", "both", "caption"])
-    noise = torch.randn(3, inputs["input_ids"].shape[1], LATENT)
     seen = {}
 
     def remember(name):
@@ -74,11 +73,41 @@ def test_the_condition_cache_gives_the_hidden_states_of_the_full_run():
         handle.remove()
     prefix, targets = seen["cached"]
     (full,) = seen["full"]
-    assert prefix.shape[1] + targets.shape[1] > noise.shape[1] - 1
+    assert max(prefix.shape[1], targets.shape[1]) < full.shape[1] == inputs["input_ids"].shape[1]
     for i in range(3):
         size = int(inputs["attention_mask"][i].sum())
         count = size - int((inputs["input_ids"][i] == ASSISTANT).nonzero()[0]) - 1
         torch.testing.assert_close(targets[i, :count], full[i, size - count : size], atol=1e-5, rtol=1e-5)
+
+
+@GUIDANCE
+def test_after_many_turns_neither_cache_nor_batch_changes_a_sample(guidance):
+    model, options = tiny_model(), {"num_inference_steps": 4} | guidance
+    together, uncached = (
+        model.generate(**batch(["chat", "both"]), generator=generators(range(2)), use_cache=use_cache, **options)
+        for use_cache in (True, False)
+    )
+    same_outputs(together, uncached)
+    alone = model.generate(**batch(["chat"]), generator=generators([0]), **options)
+    torch.testing.assert_close(together.latents[0], alone.latents[0], atol=3e-5, rtol=1e-5)
+
+
+def test_the_vocabulary_is_encoded_once_however_many_steps_are_taken():
+    model, seen = tiny_model(), []
+    model.model.vae.token_embedding.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+    model.generate(**batch(["caption"]), num_inference_steps=5)
+    assert seen.count(VOCAB) == 1
+
+
+def test_a_default_device_of_torch_changes_no_sample_and_no_score():
+    model, inputs = tiny_model(), batch(["both", "caption"])
+    scored = batch(["both", "caption"], is_training=True) | {"num_samples": 4, "seeds": torch.arange(2)}
+    sample = model.generate(**inputs, generator=generators(range(2)), num_inference_steps=3)
+    score = model.score(**scored)
+    with torch.device("meta"):
+        again = model.generate(**inputs, generator=generators(range(2)), num_inference_steps=3)
+        same_outputs(sample, again)
+        assert torch.equal(model.score(**scored).draws, score.draws)
 
 
 @GUIDANCE

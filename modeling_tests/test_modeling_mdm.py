@@ -12,10 +12,12 @@ from tiny import (
     IMAGE_TARGET,
     KINDS,
     LATENT,
+    TEXT_TARGET,
     TIME_IMAGE,
     TIME_TEXT,
     batch,
     fixed_noise,
+    row,
     tiny_config,
     tiny_model,
 )
@@ -110,12 +112,12 @@ def test_what_the_last_condition_tells_is_added_to_every_target_and_to_nothing_e
     plan = plan_scans(model.config, layout, None)
     got = block.with_condition(h, plan, None)
     rows = []
-    for row, ids in zip(h, inputs["input_ids"].tolist(), strict=True):
+    for states, ids in zip(h, inputs["input_ids"].tolist(), strict=True):
         start = min(ids.index(token) for token in (TIME_IMAGE, TIME_TEXT) if token in ids)
-        last = row[start - 1]
+        last = states[start - 1]
         normed = last / (last.pow(2).mean() + model.config.rms_norm_eps).sqrt() * block.broadcast.norm.weight
         told = block.broadcast.projection.weight @ normed
-        rows.append(torch.stack([x + told if i >= start and ids[i] else x for i, x in enumerate(row)]))
+        rows.append(torch.stack([x + told if i >= start and ids[i] else x for i, x in enumerate(states)]))
     values = {"h": h, **dict(block.broadcast.named_parameters())}
     assert_near({"out": got}, {"out": torch.stack(rows)}, 1e-6)  # the norm is in fp32
     assert_near(gradients(values, [got]), gradients(values, [torch.stack(rows)]), 1e-5)
@@ -168,6 +170,22 @@ def test_a_padded_batch_equals_single_runs(sharing):
         torch.testing.assert_close(
             out.predicted_latents[i, :length][real], single.predicted_latents[0][real], atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("begins", [0, 3], ids=["framed", "bare"])
+def test_padding_on_the_left_changes_nothing(begins):
+    model, (ids, size) = tiny_model(), row("text")
+    ids = ids[begins:]  # from the class token, or from within a text
+    is_target = [0] * (len(ids) - size) + [int(token == TEXT_TARGET) for token in ids[-size:]]
+    noise, predicted = torch.randn(1, len(ids), LATENT), []
+    for padding in (0, 7):
+        left = [0] * padding
+        inputs = {"input_ids": left + ids, "attention_mask": left + [1] * len(ids), "target_mask": left + is_target}
+        inputs = {name: torch.tensor([values]) for name, values in inputs.items()}
+        given = torch.nn.functional.pad(noise, (0, 0, padding, 0))
+        out = model(**inputs, timesteps=torch.full((1, 2), 0.5), noise=given)
+        predicted.append(out.predicted_latents[:, padding:])
+    torch.testing.assert_close(predicted[0], predicted[1], atol=1e-5, rtol=1e-5)
 
 
 def test_conditions_never_see_t_nor_the_targets():
@@ -297,15 +315,17 @@ def test_every_diffusion_loss_falls_when_trained_on_one_batch(loss):
     assert all(math.isfinite(v) for v in values)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+def test_gradient_checkpointing_runs_each_block_twice_and_changes_no_gradient():
     inputs = batch(["both", "caption"], is_training=True)
     grads = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model, runs = tiny_model().train(), []
+        model.model.layers[0].mixer.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(5)
         model(**inputs).loss.backward()
+        assert len(runs) == 1 + checkpointing
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-6, rtol=1e-5, msg=name)
@@ -410,7 +430,7 @@ def test_drawn_timesteps_are_independent_per_modality_and_sometimes_pinned():
     assert not ((t == 0) | (t == 1)).any()
 
 
-@pytest.mark.parametrize("loss", ["score_entropy_exact", "ddpm_epsilon"])
+@pytest.mark.parametrize("loss", ["score_entropy_exact", "score_entropy_sampled", "ddpm_epsilon"])
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
 def test_with_seeds_the_loss_of_a_row_is_the_same_alone_and_in_any_batch(loss, is_training):
     model = tiny_model(diffusion_loss=loss).train(is_training)
@@ -476,6 +496,15 @@ def broken(**changes):
         ({"timesteps": torch.tensor([[0.5, float("nan")]] * 2)}, "t must lie in [0, 1]"),
         ({"timesteps": torch.zeros(2)}, "`timesteps` has shape (2,); it must be (batch, 2) = (2, 2)"),
         ({"noise": torch.zeros(2, 3, 8)}, "`noise` has shape (2, 3, 8)"),
+        (
+            batch(["text"]) | {"pixel_values": None, "image_grid_hw": torch.tensor([[2, 3]])},
+            "holds 0 image(s), so it must be left out",
+        ),
+        (
+            batch(["text"]) | {"pixel_values": None, "image_grid_hw": torch.zeros(0, 2, dtype=torch.long)},
+            "`image_grid_hw` has shape (0, 2); `input_ids` holds 0 image(s), so it must be left out",
+        ),
+        (batch(["text"]) | {"pixel_values": torch.zeros(0, 1, 4, 6)}, "`pixel_values` holds no image; leave it out"),
         ({"pixel_values": None}, "holds 1 image(s) of known patches (id 11), but `pixel_values` is None"),
         ({"pixel_values": torch.zeros(2, 1, 4, 6)}, "holds 2 image(s), `input_ids` has places for 1"),
         ({"pixel_values": torch.zeros(1, 3, 4, 6)}, "must be (images, 1, height, width)"),
@@ -632,6 +661,13 @@ def test_labels_of_another_shape_are_refused():
         ({"scan_sharing": "none"}, "scan_sharing"),
         ({"kl_weight": -1.0}, "a loss weight must be 0 or more"),
         ({"image_loss_weight": -1.0}, "`image_loss_weight` is -1.0; a loss weight must be 0 or more"),
+        ({"kl_weight": math.nan}, "`kl_weight` is nan; a loss weight must be 0 or more, and finite"),
+        ({"num_candidates": 1}, "`num_candidates` is 1; a softmax over states needs at least 2"),
+        ({"rms_norm_eps": -1.0}, "`rms_norm_eps` is -1.0; it must be 0 or more"),
+        ({"time_step_min": 0.2}, "`time_step_min` and `time_step_max` are 0.2 and 0.1; dt starts between the two"),
+        ({"time_step_floor": -1.0}, "`time_step_floor` is -1.0; it must be 0 or more"),
+        ({"pad_token_id": None}, "`pad_token_id` is None; it must be the token's id, a whole number of 0 or more"),
+        ({"image_token_id": 12}, "`image_token_id` and `image_target_token_id` are both 12; each must be a token of"),
         ({"pinned_timestep_probability": 2}, "it must lie in [0, 1]"),
         ({"conv_kernel": 1}, "at least 2 taps"),
         ({"position_periods": [4, 1]}, "`position_periods` is [4, 1]; each must be 2 patches or more"),
@@ -642,3 +678,9 @@ def test_configurations_that_cannot_work_are_refused(options, message):
     with pytest.raises(Exception) as error:
         tiny_config(**options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("end", [0.2, 2.0])
+def test_a_noise_schedule_that_cannot_work_is_refused_when_the_model_is_built(end):
+    with pytest.raises(ValueError, match="`beta_end`"):
+        tiny_model(beta_end=end)

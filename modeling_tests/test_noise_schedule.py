@@ -1,5 +1,7 @@
 """Claims about the forward noise (paper Eq. 1-3)."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -27,6 +29,18 @@ def test_the_table_equals_diffusers(schedule, steps):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="must be one of linear, scaled_linear, squaredcos_cap_v2"):
         alpha_bar_table(beta_schedule="cosine")
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.02), (0.03, 0.02), (1e-4, 1.0), (1e-4, math.nan)])
+def test_betas_that_are_no_shares_of_variance_are_refused(ends):
+    with pytest.raises(ValueError, match="`beta_start` and `beta_end` are .*; need 0 < beta_start <= beta_end < 1"):
+        alpha_bar_table(1000, *ends)
+
+
+def test_more_noise_than_float32_holds_is_refused():
+    with pytest.raises(ValueError, match=r"`beta_end` 0.2 over 1000 steps .* leaves alpha_bar = .*e-47 at t = 1"):
+        alpha_bar_table(1000, beta_end=0.2)
+    assert bool((alpha_bar_table(100, beta_end=0.2).float() > 0).all())
 
 
 def test_alpha_bar_meets_the_table_and_falls_in_between():

@@ -1,6 +1,7 @@
 """Configurations of MDM (paper Sec. 5.1, Appendix C)."""
 
 import json
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -119,7 +120,7 @@ class MDMConfig(PreTrainedConfig):
             timestep of one of them to 0 (it is known) or 1 (it is pure noise); lagged sampling passes through both.
         time_step_min, time_step_max, time_step_floor: Range of dt at initialisation.
         rms_norm_eps: Epsilon of the normalisations.
-        initializer_range: Standard deviation of embeddings and of the output projections at initialisation.
+        initializer_range: Standard deviation of the embeddings at initialisation; a projection goes by its width.
         *_token_id: Ids of the control tokens, as the tokenizer has them.
 
     Examples:
@@ -387,6 +388,18 @@ class MDMConfig(PreTrainedConfig):
             )
 
     def validate_vocabulary(self):
+        seen: dict[int, str] = {}
+        of_text = ("bos_token_id", "eos_token_id", "unk_token_id")
+        for name in [name for name in vars(self) if name.endswith("_token_id") and name not in of_text]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` is {value!r}; it must be the token's id, a whole number of 0 or more.")
+            if value in seen:
+                raise ValueError(
+                    f"`{seen[value]}` and `{name}` are both {value}; each must be a token of its own, or nobody could "
+                    "tell them apart; give the ids that the tokenizer has."
+                )
+            seen[value] = name
         self.check_vocab_size(self.vocab_size)
 
     def validate_pixel_autoencoder(self):
@@ -397,7 +410,8 @@ class MDMConfig(PreTrainedConfig):
         _require_positive(
             self, "hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "num_train_timesteps"
         )
-        _require_positive(self, "num_candidates")
+        if self.num_candidates < 2:
+            raise ValueError(f"`num_candidates` is {self.num_candidates}; a softmax over states needs at least 2.")
         if self.conv_kernel < 2:
             raise ValueError(f"`conv_kernel` is {self.conv_kernel}; the causal convolution needs at least 2 taps.")
         if any(period < 2 for period in self.position_periods):
@@ -405,6 +419,15 @@ class MDMConfig(PreTrainedConfig):
                 f"`position_periods` is {self.position_periods}; each must be 2 patches or more: shorter waves tell "
                 "no two patches apart."
             )
+        if not 0 < self.time_step_min <= self.time_step_max < math.inf:
+            raise ValueError(
+                f"`time_step_min` and `time_step_max` are {self.time_step_min} and {self.time_step_max}; dt starts "
+                "between the two: need 0 < time_step_min <= time_step_max."
+            )
+        if not 0 <= self.time_step_floor < math.inf:
+            raise ValueError(f"`time_step_floor` is {self.time_step_floor}; it must be 0 or more: 1e-4 is usual.")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` is {self.rms_norm_eps}; it must be 0 or more: 1e-5 is usual.")
         if self.num_classes < 0:
             raise ValueError(f"`num_classes` is {self.num_classes}; it must be 0 (no classes) or more.")
         if self.inner_size % self.head_dim:
@@ -451,8 +474,8 @@ class MDMConfig(PreTrainedConfig):
                 f"`pinned_timestep_probability` is {self.pinned_timestep_probability}; it must lie in [0, 1]."
             )
         for name in ("kl_weight", "diffusion_weight", "image_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; a loss weight must be 0 or more.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; a loss weight must be 0 or more, and finite.")
 
 
 MDM_PRESETS: dict[str, dict] = {

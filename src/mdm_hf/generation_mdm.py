@@ -371,11 +371,11 @@ class MDMGenerationMixin:
 
     def _draw_noise(self, layout: SequenceLayout, like: Tensor, generators: list) -> Tensor:
         """Noise at the targets, drawn row by row on the CPU so that no row depends on its neighbours or padding."""
-        noise = torch.zeros(like.shape, dtype=torch.float32)
+        noise = torch.zeros(like.shape, dtype=torch.float32, device="cpu")
         mask = layout.is_target.cpu()
         for row, generator in enumerate(generators):
             count = int(mask[row].sum())
-            noise[row, mask[row]] = torch.randn(count, like.shape[-1], generator=generator)
+            noise[row, mask[row]] = torch.randn(count, like.shape[-1], generator=generator, device="cpu")
         return noise.to(like.device)
 
     def likeliest_tokens(self, latents: Tensor, is_word: Tensor) -> Tensor:

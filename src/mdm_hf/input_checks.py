@@ -369,7 +369,7 @@ def _check_images(config, input_ids, pixel_values, image_grid_hw, image_latents)
         _check_pixels(config, pixel_values, len(known))
     if image_latents is not None:
         _check_latents(config, image_latents, len(known))
-    if num_images == 0:
+    if num_images == 0 and image_grid_hw is None:
         return
     if image_grid_hw is None:
         raise ValueError(
@@ -377,10 +377,11 @@ def _check_images(config, input_ids, pixel_values, image_grid_hw, image_latents)
             "patches, shape (images, 2)."
         )
     _check_tensor("image_grid_hw", image_grid_hw, is_whole=True)
-    if image_grid_hw.shape != (num_images, 2):
+    if image_grid_hw.shape != (num_images, 2) or num_images == 0:
+        needed = f"it must be ({num_images}, 2)" if num_images else "it must be left out"
         raise ValueError(
-            f"`image_grid_hw` has shape {tuple(image_grid_hw.shape)}; `input_ids` holds {num_images} image(s), so it "
-            f"must be ({num_images}, 2)."
+            f"`image_grid_hw` has shape {tuple(image_grid_hw.shape)}; `input_ids` holds {num_images} image(s), so "
+            f"{needed}."
         )
     counts = torch.bincount(image[is_patch], minlength=num_images)
     grid = image_grid_hw.to(counts.device)
@@ -435,6 +436,8 @@ def _check_stack(name: str, images, num_channels: int, num_known: int, image_tok
         raise ValueError(
             f"`{name}` has shape {tuple(images.shape)}; it must be (images, {num_channels}, height, width)."
         )
+    if len(images) == num_known == 0:
+        raise ValueError(f"`{name}` holds no image; leave it out of a batch that has none.")
     if len(images) != num_known:
         raise ValueError(
             f"`{name}` holds {len(images)} image(s), `input_ids` has places for {num_known}; give "

@@ -33,13 +33,19 @@ def alpha_bar_table(
         beta_schedule: One of `BETA_SCHEDULES`.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: an unknown schedule; betas that are no shares of variance in rising order; more noise at t = 1 than
+            float32 can tell from nothing but noise.
 
     Examples:
         >>> alpha_bar(torch.tensor([0.0, 0.5, 1.0]), alpha_bar_table())
         tensor([1.0000e+00, 7.8587e-02, 4.0358e-05])
     """
     steps = num_train_timesteps
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"`beta_start` and `beta_end` are {beta_start} and {beta_end}; need 0 < beta_start <= beta_end < 1: the "
+            "DDPM has 1e-4 and 0.02."
+        )
     if beta_schedule == "linear":
         beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
     elif beta_schedule == "scaled_linear":
@@ -50,7 +56,13 @@ def alpha_bar_table(
         beta = (1 - survival[1:] / survival[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"`beta_schedule` is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}.")
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
+    table = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
+    if not table[-1] > torch.finfo(torch.float32).tiny:
+        raise ValueError(
+            f"`beta_end` {beta_end} over {steps} steps (`num_train_timesteps`) leaves alpha_bar = {table[-1]:.1e} at "
+            f"t = 1; float32 has none below {torch.finfo(torch.float32).tiny:.1e}; lower one of the two."
+        )
+    return table
 
 
 def alpha_bar(t: Tensor, table: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Solvers from diffusers: which of them can drive MDM, and the copy of one for each modality (paper Sec. 8)."""
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import diffusers
@@ -19,6 +21,18 @@ EARLIEST_START = 0.95  # of a solver's time grid: the model was shown pure noise
 USABLE_SOLVERS = "use DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler or DDPMScheduler."
 
 
+def _on_cpu(make: Callable) -> Callable:
+    """A solver is made on the CPU whatever torch's default device is: no step waits for the device."""
+
+    @wraps(make)
+    def on_cpu(*args, **kwargs):
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return on_cpu
+
+
+@_on_cpu
 def default_solver(config: MDMConfig) -> DPMSolverMultistepScheduler:
     """Second-order DPM-Solver++ (Eq. 9, 62) on the betas of `config`."""
     return DPMSolverMultistepScheduler(
@@ -31,6 +45,7 @@ def default_solver(config: MDMConfig) -> DPMSolverMultistepScheduler:
     )
 
 
+@_on_cpu
 def solver_named(name: str, config: MDMConfig):
     """The scheduler of diffusers called `name`, on the betas of `config` and told to take clean latents.
 
@@ -56,6 +71,7 @@ def solver_named(name: str, config: MDMConfig):
         ) from error
 
 
+@_on_cpu
 def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_bar: Tensor) -> tuple[Any, list[float]]:
     """A fresh copy of `scheduler` on the modality's betas, and t in [0, 1] at each of its `length` network calls.
 
@@ -110,7 +126,7 @@ def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_b
             beta_schedule=getattr(config, f"{modality}_beta_schedule"),
             **{name: value for name, value in bent.items() if name in given},
         )
-        solver.set_timesteps(length)  # on the CPU: no step waits for the device
+        solver.set_timesteps(length)
     except Exception as error:  # each solver fails in its own way at what it cannot do
         raise ValueError(
             f"`scheduler` ({kind}) cannot make {length} steps on the model's noise schedule ({error}); "
@@ -141,6 +157,7 @@ def solver_for(scheduler, config: MDMConfig, modality: str, length: int, alpha_b
     return solver, times
 
 
+@_on_cpu
 def load_solver(path, subfolder: str = "", is_needed: bool = False, **repository):
     """The solver of a folder or repository, of whatever class was saved; None if there is none.
 
