@@ -2,14 +2,18 @@
 
 import base64
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mdm_hf import MDMConfig
 from mdm_hf.image_processing_mdm import MDMImageProcessorPil, buckets_of_area
@@ -263,6 +267,48 @@ def test_a_data_url_gives_the_pixels_that_its_file_gives() -> None:
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     by_bytes, by_url = (processor(num_channels=3)(source)["pixel_values"][0] for source in (content, url))
     assert np.array_equal(by_bytes, by_url)
+
+
+@contextmanager
+def served(files: dict[str, bytes]) -> Iterator[str]:
+    """The address of a server of `files`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.send_response(200 if self.path in files else 404)
+            self.end_headers()
+            self.wfile.write(files.get(self.path, b"not here"))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_gives_what_the_file_behind_it_gives() -> None:
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    deep = Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16))
+    files = {f"/{name}.png": png(image) for name, image in (("clear", clear), ("deep", deep))}
+    with served(files) as address:
+        for name, content in files.items():
+            by_bytes, by_url = (processor()(source)["pixel_values"][0] for source in (content, address + name))
+            assert np.array_equal(by_bytes, by_url)
+        with pytest.raises(ValueError, match="Got an image mask of mode RGBA that is transparent in places"):
+            processor().patch_mask(f"{address}/clear.png", (4, 4))
+        with pytest.raises(ValueError, match=r"none\.png', which cannot be opened .*404.*; check the path or the add"):
+            processor()(f"{address}/none.png")
+
+
+def test_a_large_picture_behind_an_address_is_refused_before_it_is_decoded(monkeypatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image.size))
+    told = "Got an image of 40x40 = 1600 pixels; need at most max_pixels = 1000"
+    with served({"/large.png": png(grey(40, 40))}) as address, pytest.raises(ValueError, match=told):
+        processor(max_pixels=1000)(f"{address}/large.png")
+    assert not decoded
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

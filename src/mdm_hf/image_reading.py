@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import load_image
 
 
 MODES = {1: "L", 3: "RGB"}
@@ -34,10 +34,12 @@ def opened(source: str | bytes, max_pixels: int) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
         try:
             if isinstance(source, str) and source.startswith(("http://", "https://")):
-                return _fetched(source)
-            if isinstance(source, str) and source.startswith("data:image/"):
-                source = b64decode(source.partition(",")[2])
-            return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+                content: str | bytes = _fetched(source)
+            elif isinstance(source, str) and source.startswith("data:image/"):
+                content = b64decode(source.partition(",")[2])
+            else:
+                content = source
+            return Image.open(BytesIO(content) if isinstance(content, bytes) else content)
         except (UnidentifiedImageError, ValueError) as error:  # the latter: no base64
             raise ValueError(
                 f"Got {name}, which holds no image that Pillow can read; give a PNG, JPEG or another image file, "
@@ -55,13 +57,14 @@ def opened(source: str | bytes, max_pixels: int) -> Image.Image:
             ) from error
 
 
-def _fetched(url: str) -> Image.Image:
+def _fetched(url: str) -> bytes:
+    """The file behind an address; it becomes a picture where all files do, so that it gives the same pixels."""
     try:
-        return load_image(url, timeout=30)
-    except (OSError, ValueError):  # Pillow's
-        raise
+        # A client as the Hub's, but not that one, which fetches nothing from anywhere where HF_HUB_OFFLINE is set.
+        with type(get_session())(follow_redirects=True, timeout=30) as client:
+            return client.get(url).raise_for_status().content
     except Exception as error:  # of the HTTP library that huggingface_hub has, which is not always the same
-        raise ConnectionError(str(error)) from error
+        raise ConnectionError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 def converted(image: Image.Image, num_channels: int) -> Image.Image:
