@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from loopback_hub import WRITE_TOKEN, LoopbackHub, Repository
 
 
@@ -42,6 +43,7 @@ def error_of(action):
         return f"{type(error).__name__}: {error}"
 """
 PUSH = """
+from pathlib import Path
 from diffusers import DDIMScheduler
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
@@ -64,6 +66,11 @@ pipe.save_pretrained(sys.argv[2] + "/pipe", push_to_hub=True, repo_id="org/saved
 pipe.scheduler = pipe.model.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
 pipe.push_to_hub("org/private", private=True)
 pipe.model.save_pretrained(sys.argv[2] + "/model", push_to_hub=True, repo_id="org/saved-model")
+zeros = {name: torch.zeros_like(weight) for name, weight in pipe.model.state_dict().items()}
+other = {"state_dict": zeros, "variant": "ema", "tags": ["averaged"], "revision": "ema", "private": True}
+(Path(sys.argv[2]) / "ema").mkdir()
+(Path(sys.argv[2]) / "ema" / "README.md").write_text("Mine.")
+pipe.model.save_pretrained(sys.argv[2] + "/ema", push_to_hub=True, repo_id="org/ema", **other)
 seen["ddim"] = call(pipe)
 pipe.scheduler.push_to_hub("org/solver")
 
@@ -269,6 +276,17 @@ def test_saving_with_push_to_hub_pushes_the_whole_folder_in_one_commit(hub, push
     assert b"custom_pipelines" in files(hub, "saved")["config.json"]
     assert len(hub.repositories["org/saved"].commits) == 2  # with that of its creation
     assert b"DDIMScheduler" in files(hub, "saved-model")["scheduler/scheduler_config.json"]
+
+
+def test_saving_with_push_to_hub_pushes_what_was_saved_and_not_the_model_as_it_is(hub, pusher):
+    repository = hub.repositories["org/ema"]
+    _, pushed = repository.at("ema")
+    assert set(repository.at("main")[1]) == {".gitattributes"}
+    assert repository.is_private
+    assert "model.safetensors" not in pushed
+    assert not any(weight.any() for weight in safetensors.torch.load(pushed["model.ema.safetensors"]).values())
+    assert pushed["README.md"].endswith(b"Mine.")
+    assert b"averaged" in pushed["README.md"]
 
 
 def test_the_parts_of_the_model_load_without_the_package_too(stranger):

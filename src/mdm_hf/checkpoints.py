@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import SafetensorError
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.utils import cached_file
+from transformers.utils.hub import create_and_tag_model_card
 
 
 try:  # what LoRA adapts where a LoraConfig names no `target_modules`; here, so that it also travels with saved code
@@ -31,6 +33,7 @@ register_checkpoint_conversion_mapping(
 GENERATION_CONFIG = "generation_config.json"
 SOLVER = "scheduler/scheduler_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
 AGAIN = "push or download them again, with force_download=True if the cache holds a broken one."
 
 
@@ -95,6 +98,12 @@ class MDMCheckpointMixin:
         """As [`~transformers.PreTrainedModel.save_pretrained`], with all that the model needs to be loaded again.
 
         The code that goes with it (see `register_for_auto_class`) is found by every Auto class that fits.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether the folder is then uploaded, whole, in one commit.
+            kwargs: As there; of the upload `repo_id`, `private`, `token`, `revision`, `create_pr`, `commit_message`,
+                `commit_description`, `tags`.
         """
         hub = hub_options(save_directory, kwargs) if push_to_hub else {}
         if self._auto_class is not None:
@@ -105,8 +114,8 @@ class MDMCheckpointMixin:
                 delattr(self.config, stale)
         self._save_parts(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if push_to_hub:  # when everything is there, in one commit
-            self.push_to_hub(**hub)  # type: ignore[attr-defined]
+        if push_to_hub:
+            push_folder(save_directory, f"Upload {type(self).__name__}", **hub)
 
     def _save_parts(self, folder: Path) -> None:
         """What a model saves beside weights and config."""
@@ -133,8 +142,40 @@ HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "revi
 
 
 def hub_options(save_directory: Any, kwargs: dict) -> dict:
-    """The arguments of `push_to_hub` among those of `save_pretrained`, taken out of them; the repository is named like
+    """The arguments of `push_folder` among those of `save_pretrained`, taken out of them; the repository is named like
     the folder if by nothing else."""
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-    hub |= {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
     return {"repo_id": kwargs.pop("repo_id", Path(save_directory).name)} | hub
+
+
+def push_folder(
+    folder: Any,
+    usual_message: str,
+    repo_id: str,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    tags: list[str] | None = None,
+    commit_message: str | None = None,
+    **commit: Any,
+) -> None:
+    """Uploads a folder in one commit, without what is hidden, to a repository that is made if it is not there.
+
+    A folder without README.md, or one that `tags` are for, gets the card there that `push_to_hub` would make.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr") and not commit.get("create_pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    folder = Path(folder)
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files: dict[str, Path | bytes] = {
+        place.as_posix(): path
+        for place, path in paths.items()
+        if not any(part.startswith(".") for part in place.parts)
+    }
+    if tags or CARD not in files:
+        own = str(folder / CARD) if CARD in files else repo_id
+        files[CARD] = str(create_and_tag_model_card(own, tags, token=token)).encode()
+    additions = [CommitOperationAdd(place, content) for place, content in files.items()]
+    api.create_commit(repo_id, additions, commit_message=commit_message or usual_message, revision=revision, **commit)

@@ -8,14 +8,13 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
-from pathlib import Path
 
 import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .checkpoints import GENERATION_CONFIG, SOLVER, hub_options
+from .checkpoints import hub_options, push_folder
 from .choice_scores import ChoiceScores, score_choices
 from .conversation_state import MDMConversationState
 from .conversations import AUTO, MODALITIES, as_modalities
@@ -110,20 +109,28 @@ class MDMPipeline(Pipeline):
         return cls(model.eval(), processor, compile=compile, device=device, batch_size=batch_size, **defaults)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Writes model, processor, scheduler, generation config and the code of them all into one folder; with
-        `push_to_hub` also to the Hub, as `push_to_hub` does, to the repository `repo_id`."""
+        """Writes model, processor, scheduler, generation config and the code of them all into one folder.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether the folder is then uploaded, whole, in one commit.
+            kwargs: As of the model's own `save_pretrained`; of the upload `repo_id`, `private`, `token`, `revision`,
+                `create_pr`, `commit_message`, `commit_description`, `tags`.
+        """
         hub = hub_options(save_directory, kwargs) if push_to_hub else {}
-        self.model.save_pretrained(save_directory, **kwargs)
+        own, self.model.scheduler = self.model.scheduler, self.scheduler or self.model.default_scheduler()
+        try:  # the model saves it, before anything else, and notes that it did
+            self.model.save_pretrained(save_directory, **kwargs)
+        finally:
+            self.model.scheduler = own
         self.processor.save_pretrained(save_directory)
-        (self.scheduler or self.model.default_scheduler()).save_pretrained((Path(save_directory) / SOLVER).parent)
         if not getattr(self.model, "_hf_peft_config_loaded", False):  # then it is an adapter, without a config
             impl = f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
             self.model.config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
-            self.model.config.saved_with = [GENERATION_CONFIG, SOLVER]
             self.model.config.save_pretrained(save_directory)
             custom_object_save(self, save_directory)
-        if push_to_hub:  # when everything is there, in one commit
-            self.push_to_hub(**hub)
+        if push_to_hub:
+            push_folder(save_directory, f"Upload {type(self).__name__}", **hub)
 
     def load_adapter(self, peft_model_id: str, **kwargs):
         """Puts a PEFT adapter, the folder or Hub repository `peft_model_id`, on the model.
