@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -121,6 +122,26 @@ def test_the_scheduler_that_was_saved_comes_back(pipe, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="without scheduler/scheduler_config.json, which its config.json says it was"):
         MDMPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["generation_config", "config", "processor"])
+def test_a_save_that_is_stopped_leaves_no_folder_that_samples_with_another_solver(pipe, tmp_path, monkeypatch, part):
+    stopped = pipe.processor if part == "processor" else getattr(pipe.model, part)
+    monkeypatch.setattr(type(stopped), "save_pretrained", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        MDMPipeline(pipe.model, pipe.processor, DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
+    assert "DDIMScheduler" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    config = tmp_path / "config.json"
+    assert not config.is_file() or "scheduler/scheduler_config.json" in json.loads(config.read_text())["saved_with"]
+    assert type(pipe.model.scheduler) is not DDIMScheduler
+
+
+def test_a_model_without_a_solver_leaves_none_of_an_earlier_save(pipe, tmp_path):
+    MDMPipeline(pipe.model, pipe.processor, DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
+    model = MDMForMultiModalGeneration.from_pretrained(tmp_path)
+    model.scheduler = None
+    model.save_pretrained(tmp_path)
+    assert MDMForMultiModalGeneration.from_pretrained(tmp_path).scheduler is None
 
 
 def test_a_folder_that_names_no_files_to_sample_with_may_have_none_but_says_so(pipe, tmp_path, caplog):

@@ -565,7 +565,9 @@ class MDMForMultiModalGeneration(
 
     def _save_parts(self, folder: Path) -> None:
         self.config.saved_with = [GENERATION_CONFIG] + ([] if self.scheduler is None else [SOLVER])
-        if self.scheduler is not None:
+        if self.scheduler is None:
+            (folder / SOLVER).unlink(missing_ok=True)  # of an earlier save: it would be loaded
+        else:
             self.scheduler.save_pretrained((folder / SOLVER).parent)
 
     def get_input_embeddings(self) -> nn.Embedding:
