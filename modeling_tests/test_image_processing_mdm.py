@@ -156,6 +156,31 @@ def test_floats_from_0_to_1_are_the_picture_that_0_to_255_are(size: int) -> None
     np.testing.assert_allclose(as_pil[0], as_pil[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.int16, np.uint16])
+def test_numbers_from_0_to_255_of_any_type_are_resized_alike(dtype) -> None:
+    levels = np.asarray(colour(16, 16))
+    take = processor(num_channels=3)
+    expected = take(levels)["pixel_values"]
+    assert np.array_equal(take(levels.astype(dtype))["pixel_values"], expected)
+    if np.dtype(dtype).kind == "f":
+        between = levels.astype(dtype) + dtype(0.25) * (levels < 255)
+        np.testing.assert_allclose(take(between)["pixel_values"], expected, atol=2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.linspace(-1, 1, 256), "pixels from -1 to 1;"),
+        (np.arange(256, dtype=np.int16) - 300, "pixels from -300 to -45;"),
+        (np.arange(256, dtype=np.uint16) * 257, "pixels from 0 to 65535;"),
+    ],
+    ids=["normalised", "negative", "sixteen-bit"],
+)
+def test_numbers_that_cannot_be_resized_are_told_what_is_needed(array, told) -> None:
+    with pytest.raises(ValueError, match=f"Got an image to resize with {told} need 0 to 255; give values from 0 to"):
+        processor()(array.reshape(16, 16))
+
+
 def test_floats_from_0_to_1_keep_their_place_among_images_of_several_sizes() -> None:
     small, large = np.asarray(grey(4, 8)), np.asarray(grey(6, 2, 2))
     take = processor(do_resize=False)
@@ -175,6 +200,39 @@ def test_arrays_that_hold_no_picture_are_refused(array) -> None:
 def test_a_wrong_number_of_channels_is_refused(array) -> None:
     with pytest.raises(ValueError, match=r"Got an image array of shape .*need 1 channel\(s\): .*give a PIL image"):
         processor()(array)
+
+
+def test_arrays_have_their_channels_where_it_is_said_or_where_they_fit() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (3, 16, 3), dtype=np.uint8)
+    take = processor(1, 1, num_channels=3, patch_size=1, do_resize=False)
+    first, last = (take(array, input_data_format=f"channels_{at}")["pixel_values"][0] for at in ("first", "last"))
+    assert np.array_equal(first, take(array)["pixel_values"][0])
+    assert np.array_equal(last, take(array.transpose(2, 0, 1))["pixel_values"][0])
+    assert np.array_equal(last, take(Image.fromarray(array), input_data_format="channels_first")["pixel_values"][0])
+    as_saved = processor(1, 1, num_channels=3, patch_size=1, do_resize=False, input_data_format="channels_last")
+    assert np.array_equal(last, as_saved(array)["pixel_values"][0])
+    with pytest.raises(ValueError, match=r"Got an image array of shape \(3, 16, 8\); need 3 channel"):
+        take(np.zeros((3, 16, 8), np.uint8), input_data_format="channels_last")
+    with pytest.raises(ValueError, match="Got input_data_format='last'; need one of channels_first, channels_last; l"):
+        take(array, input_data_format="last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_center_crop": True, "crop_size": {"height": 4, "width": 4}}, "Got do_center_crop=True; need `aspect_ra"),
+        ({"do_pad": True}, "Got do_pad=True; need pictures padded to the largest of the call, as they are; leave"),
+        ({"do_convert_rgb": True}, "Got do_convert_rgb=True; need `num_channels`, 1 or 3"),
+        ({"data_format": "channels_last"}, "Got data_format='channels_last'; need pixel values with their channels"),
+        ({"device": "cpu"}, r"Got device='cpu'; need .* call \.to\(device\)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_what_only_other_image_processors_do_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor()(grey(), **options)
+    idle = dict.fromkeys(options, False) if "do_pad" in options else dict.fromkeys(options)
+    assert processor()(grey(), **idle)["pixel_values"].shape == (1, 1, 8, 8)
 
 
 def test_a_side_that_is_no_multiple_of_the_patch_names_the_nearest_sizes() -> None:
@@ -358,6 +416,8 @@ def test_a_damaged_file_gives_a_picture_or_a_value_error() -> None:
         ({"num_channels": 2}, r"Got num_channels 2; need 1 \(grey\) or 3 \(RGB\)"),
         ({"patch_size": 0}, "Got patch_size 0"),
         ({"max_pixels": 0}, "max_pixels 0; need 1 or more"),
+        ({"do_center_crop": True}, "Got do_center_crop=True; need `aspect_ratio_buckets` to have pictures cut"),
+        ({"pad_size": {"height": 9, "width": 9}}, "Got pad_size=.*9.*; need pictures padded to the largest"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict, message: str) -> None:

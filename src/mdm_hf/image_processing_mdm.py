@@ -19,6 +19,20 @@ from .image_reading import MODES, converted, is_unit, marked_by, opened
 
 RANGE_SLACK = 1e-3  # what rounding may add to [-1, 1]
 WIDEST_BUCKET = 2  # long side to short side
+LAYOUTS = ("channels_first", "channels_last")
+# What other image processors can do and this one cannot: what is needed instead, and what to do.
+CUT = "`aspect_ratio_buckets` to have pictures cut; leave it out, or cut them yourself"
+PADDED = "pictures padded to the largest of the call, as they are; leave it out"
+REFUSED_IMAGE_OPTIONS = {
+    "do_center_crop": CUT,
+    "crop_size": CUT,
+    "do_pad": PADDED,
+    "pad_size": PADDED,
+    "do_convert_rgb": "`num_channels`, 1 or 3, which says what pictures become; leave it out",
+    "data_format": "pixel values with their channels first, as the model reads them; leave it out",
+    "image_seq_length": "as many positions as an image has patches; leave it out",
+    "device": "tensors that are moved when they are made; leave it out and call .to(device) on the result",
+}
 
 
 class MDMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -61,6 +75,11 @@ class MDMImageProcessorPil(PilBackend):
         patch_size, num_channels, max_pixels, downsampling, aspect_ratio_buckets: See [`MDMImageProcessorKwargs`].
         do_resize, do_rescale, do_normalize, resample, image_mean, image_std, rescale_factor: As in every image
             processor.
+        input_data_format: "channels_first" or "channels_last", of arrays and tensors; told by `num_channels` if None,
+            first where either may be.
+
+    Raises:
+        ValueError: sizes that do not fit together; options of other image processors, such as `do_center_crop`.
     """
 
     valid_kwargs = MDMImageProcessorKwargs
@@ -81,6 +100,7 @@ class MDMImageProcessorPil(PilBackend):
     aspect_ratio_buckets: Any = False
 
     def __init__(self, **kwargs: Unpack[MDMImageProcessorKwargs]):
+        check_refused(REFUSED_IMAGE_OPTIONS, dict(kwargs))
         super().__init__(**kwargs)
         if self.num_channels not in MODES:
             raise ValueError(f"Got num_channels {self.num_channels}; need 1 (grey) or 3 (RGB).")
@@ -160,7 +180,14 @@ class MDMImageProcessorPil(PilBackend):
         """One image, a nested list of them, or a stack (n, c, h, w) -> a flat list."""
         return list(_flat(self.fetch_images(images)))
 
-    def process_image(self, image, num_channels: int | None = None, max_pixels: int | None = None, **kwargs: Any):
+    def process_image(
+        self,
+        image,
+        num_channels: int | None = None,
+        max_pixels: int | None = None,
+        input_data_format: str | None = None,
+        **kwargs: Any,
+    ):
         """One PIL image, array or tensor -> array (c, h, w)."""
         num_channels = num_channels or self.num_channels
         max_pixels = max_pixels or self.max_pixels
@@ -183,14 +210,20 @@ class MDMImageProcessorPil(PilBackend):
                 f"Got an image array of dtype {array.dtype} and shape {tuple(array.shape)}; need whole numbers from 0 "
                 "to 255, floats or booleans, and no side of 0; convert it."
             )
+        if input_data_format not in (None, *LAYOUTS):
+            raise ValueError(
+                f"Got input_data_format={input_data_format!r}; need one of {', '.join(LAYOUTS)}; leave it out to have "
+                "it told by the number of channels."
+            )
         array = array.astype(np.float32) if array.dtype.kind == "b" else array
+        shape = array.shape
         if array.ndim == 2 and num_channels == 1:
             array = array[None]
-        if array.ndim == 3 and array.shape[0] != num_channels and array.shape[-1] == num_channels:
+        elif array.ndim == 3 and (input_data_format or _layout_of(shape, num_channels)) == "channels_last":
             array = np.moveaxis(array, -1, 0)
         if array.ndim != 3 or array.shape[0] != num_channels:
             raise ValueError(
-                f"Got an image array of shape {tuple(array.shape)}; need {num_channels} channel(s): "
+                f"Got an image array of shape {tuple(shape)}; need {num_channels} channel(s): "
                 f"({num_channels}, height, width) or (height, width, {num_channels}); convert it, or give a PIL "
                 "image, which is converted for you."
             )
@@ -223,6 +256,7 @@ class MDMImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("Got no images; need at least one; leave the image processor out where there is none.")
+        check_refused(REFUSED_IMAGE_OPTIONS, kwargs)
         are_unit = [is_unit(image) for image in images]
         if do_resize:
             buckets = self._buckets(aspect_ratio_buckets, size, patch_size or self.patch_size)
@@ -230,11 +264,7 @@ class MDMImageProcessorPil(PilBackend):
             if buckets:
                 images = [_centre_crop(image, h, w) for image, (h, w) in zip(images, sizes, strict=True)]
             images = [
-                image
-                if image.shape[1:] == (h, w)
-                else self.resize(np.rint(image * 255).astype(np.uint8), SizeDict(h, w), resample) / np.float32(255)
-                if unit
-                else self.resize(image, SizeDict(h, w), resample)
+                image if image.shape[1:] == (h, w) else self._resized(image, unit, SizeDict(h, w), resample)
                 for image, unit, (h, w) in zip(images, are_unit, sizes, strict=True)
             ]
         grids = np.array(
@@ -260,6 +290,18 @@ class MDMImageProcessorPil(PilBackend):
                 "0 to 1."
             )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
+
+    def _resized(self, image: np.ndarray, unit: bool, size: SizeDict, resample) -> np.ndarray:
+        """`image` of another size, by way of the 256 levels that Pillow resizes."""
+        levels = image * 255 if unit else image
+        low, high = float(levels.min()), float(levels.max())
+        if not (low >= 0 and high <= 255):
+            raise ValueError(
+                f"Got an image to resize with pixels from {low:g} to {high:g}; need 0 to 255; give values from 0 to "
+                "255, or floats from 0 to 1."
+            )
+        resized = self.resize(np.rint(levels).astype(np.uint8), size, resample)
+        return resized / np.float32(255) if unit else resized
 
     def patch_mask(
         self, mask: Any, grid: Sequence[int], shape: Sequence[int] | None = None, is_cut: bool | None = None
@@ -385,6 +427,17 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     w = max(1, min(whole_w, round(whole_h * width / height)))
     top, left = (whole_h - h) // 2, (whole_w - w) // 2
     return image[:, top : top + h, left : left + w]
+
+
+def check_refused(refused: dict[str, str], options: dict) -> None:
+    """Raises ValueError for options among `refused`; what is None or False is not asked for."""
+    for name, value in options.items():
+        if name in refused and value is not None and value is not False:
+            raise ValueError(f"Got {name}={repr(value)[:60]}; need {refused[name]}.")
+
+
+def _layout_of(shape: Sequence[int], num_channels: int) -> str:
+    return LAYOUTS[shape[0] != num_channels and shape[-1] == num_channels]
 
 
 def _flat(images: Any) -> Iterator[Any]:
