@@ -595,7 +595,8 @@ def test_options_work_by_name_in_their_group_and_in_the_common_one(processor: MD
     assert isinstance(processor(text_kwargs={"return_tensors": None})["input_ids"], np.ndarray)
     small = processor(images=picture(), size={"height": 4, "width": 4}, generate="text")
     assert small["image_grid_hw"].tolist() == [[2, 2]]
-    assert_same(processor(text="a", padding_side="right", truncation=False, device=None), processor(text="a"))
+    idle = {"padding_side": "right", "truncation": False, "device": None, "do_pad": False, "add_special_tokens": False}
+    assert_same(processor(text="a", **idle), processor(text="a"))
 
 
 @pytest.mark.parametrize(
@@ -610,10 +611,10 @@ def test_options_work_by_name_in_their_group_and_in_the_common_one(processor: MD
         ({"max_length": -1}, "Got max_length -1; need a whole number of at least 1"),
         ({"padding_side": "left"}, "Got padding_side='left'; need padding on the right"),
         ({"device": "cpu"}, r"Got device='cpu'; need tensors that are moved .*\.to\(device\)"),
-        (
-            {"images_kwargs": {"do_center_crop": True}},
-            "Got the argument 'do_center_crop', which neither",
-        ),
+        ({"images_kwargs": {"do_center_crop": True}}, "Got do_center_crop=True; need `aspect_ratio_buckets`"),
+        ({"do_reszie": False}, "Got the argument 'do_reszie', which neither"),
+        ({"images_kwargs": {"do_reszie": False}}, "Got the argument 'do_reszie', which neither .*check its spelling"),
+        ({"add_special_tokens": True}, "Got the argument 'add_special_tokens', which neither"),
         ({"videos_kwargs": {"fps": 1}}, "Got the argument 'videos_kwargs'"),
         ({"return_tensors": "tf"}, "Got return_tensors='tf'; need 'pt', 'np' or None"),
         ({"do_resize": "maybe"}, "(?s)Got an option of the wrong type .*do_resize.*; see MDMProcessor.__call__"),

@@ -3,9 +3,9 @@
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from .image_processing_mdm import MDMImageProcessorKwargs
+from .image_processing_mdm import REFUSED_IMAGE_OPTIONS, MDMImageProcessorKwargs, check_refused
 from .prompts import whole
 
 
@@ -25,16 +25,17 @@ IMAGE_OPTIONS = (
     "aspect_ratio_buckets",
 )
 # What other processors can do and a row of MDM cannot: what is needed instead, and what to do.
-REFUSED = {
+REFUSED = REFUSED_IMAGE_OPTIONS | {
     "truncation": "whole texts, as a cut row would lose its targets; shorten the text, or lower max_new_tokens",
     "padding_side": "padding on the right, which the model counts on; leave it out",
-    "device": "tensors that are moved when they are made; leave it out and call .to(device) on the result",
     "videos": "text, images or class_ids, as MDM knows no other modality; leave it out",
     "audio": "text, images or class_ids, as MDM knows no other modality; leave it out",
     "return_assistant_tokens_mask": "`target_mask` and `labels`, which say what is learnt; leave it out",
     "continue_final_message": "finished targets in a last assistant message; leave it out and name what to make with "
     "`generate`",
 }
+# What transformers has a name for: None or False asks for nothing.
+NAMED = {"tools", "documents", *REFUSED, *TextKwargs.__annotations__, *MDMImageProcessorKwargs.__annotations__}
 
 
 class MDMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -75,18 +76,16 @@ def options_of(processor: ProcessorMixin, given: dict) -> tuple[dict, dict]:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Raises ValueError for an option that a row has no room for."""
-    if name in (*TEXT_OPTIONS, *IMAGE_OPTIONS) or value is None or value is False:
-        return  # what is not asked for needs no refusal
-    if name == "padding_side" and value == "right":
+    """Raises ValueError for an option that a row has no room for, or that nobody knows by that name."""
+    if name in (*TEXT_OPTIONS, *IMAGE_OPTIONS) or (name == "padding_side" and value == "right"):
         return
-    if name in REFUSED:
-        raise ValueError(f"Got {name}={repr(value)[:60]}; need {REFUSED[name]}.")
-    raise ValueError(
-        f"Got the argument {name!r}, which neither the processor nor its chat template knows; need some of "
-        f"generate, image_size, max_new_tokens, {', '.join((*TEXT_OPTIONS, *IMAGE_OPTIONS))}; check its spelling, "
-        "leave it out, or pass a `chat_template` that uses it."
-    )
+    check_refused(REFUSED, {name: value})
+    if name not in NAMED or not (value is None or value is False):
+        raise ValueError(
+            f"Got the argument {name!r}, which neither the processor nor its chat template knows; need some of "
+            f"generate, image_size, max_new_tokens, {', '.join((*TEXT_OPTIONS, *IMAGE_OPTIONS))}; check its spelling, "
+            "leave it out, or pass a `chat_template` that uses it."
+        )
 
 
 def positive(name: str, value: Any) -> int:
