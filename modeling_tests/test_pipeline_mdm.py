@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers.pipelines.any_to_any import Chat
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.pipeline_mdm import TASK
@@ -228,8 +229,13 @@ class TorchColumn(torch.utils.data.Dataset):
         {"messages": ([{"role": "user", "content": text}] for text in PROMPTS)},
         {"text": ({"messages": [{"role": "user", "content": text}]} for text in PROMPTS)},
         {"text": (text for text in PROMPTS), "class_ids": [None] * 3},
+        {"text": [Chat([{"role": "user", "content": text}]) for text in PROMPTS]},
+        {"messages": (Chat([{"role": "user", "content": text}]) for text in PROMPTS)},
     ],
-    ids=["generator", "torch-data-set", "rows", "list-of-rows", "chats", "messages", "rows-of-messages", "columns"],
+    ids=[
+        *("generator", "torch-data-set", "rows", "list-of-rows", "chats", "messages", "rows-of-messages", "columns"),
+        *("Chats", "Chats-one-by-one"),
+    ],
 )
 def test_however_prompts_come_they_give_the_same_samples(pipe, prompts):
     expected = pixels(pipe(text=PROMPTS, num_return_sequences=2, **DRAW))
@@ -255,6 +261,17 @@ def test_a_data_set_is_drawn_row_by_row(pipe):
 
 def test_one_conversation_may_be_given_as_other_pipelines_take_it(pipe):
     assert pixels(pipe(CHAT, **DRAW)) == pixels(pipe(messages=CHAT, **DRAW)) == pixels(pipe("a three", **DRAW))
+    assert pixels(pipe(Chat(CHAT), **DRAW)) == pixels(pipe(messages=Chat(CHAT), **DRAW)) == pixels(pipe(CHAT, **DRAW))
+    canvas = {"canvas": {"type": "image"}, "seed": 5, "num_inference_steps": 2}
+    assert pixels(pipe(messages=Chat(CHAT), **canvas)) == pixels(pipe(messages=CHAT, **canvas))
+    scores = [pipe.score_choices(messages=one, choices=["a", "b"], num_samples=4) for one in (Chat(CHAT), CHAT)]
+    assert repr(scores[0]) == repr(scores[1])
+
+
+def test_messages_read_one_by_one_are_refused_as_one_alone_is(pipe):
+    for ask in (pipe.predict_modalities, lambda **prompts: next(pipe(**prompts, **DRAW))):
+        with pytest.raises(ValueError, match="Got the message .* alone in place of a conversation; need a list of m"):
+            ask(messages=(message for message in CHAT * 2))
 
 
 def test_a_generator_is_read_a_batch_at_a_time_and_may_be_endless(pipe):
@@ -510,6 +527,7 @@ LEARNED = DDPMScheduler(prediction_type="sample", variance_type="learned")
     [
         ({"text": ["a", "b"], "class_ids": [1]}, "a batch needs lists of one length"),
         ({"messages": CHAT, "text": "a three"}, "put the conditions into the messages"),
+        ({"messages": CHAT[0]}, "Got the message {'role': 'user', 'content': 'a three'} alone in place of a conver"),
         ({"text": [{"messages": CHAT, "class_ids": 3}]}, "put the conditions into the messages"),
         ({"text": [{"caption": "a three"}]}, "Got a prompt with 'caption'; need some of text, images"),
         ({"text": [CHAT, "a three"]}, "Got a batch of 1 conversations and 1 prompts of another kind"),

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .prompts import messages_of
+
 
 MODALITIES = ("image", "text")
 AUTO = "auto"  # in place of them: the model decides
@@ -75,7 +77,7 @@ class ConversationReader:
 
     def read(self, messages: Any) -> Prompt:
         """Checks a conversation and takes images and class out of it."""
-        messages = messages.messages if hasattr(messages, "messages") else messages
+        messages = messages_of(messages)
         if isinstance(messages, str) or any(isinstance(message, str) for message in messages):
             raise ValueError(
                 f"Got {str(messages)[:60]} as a conversation; need messages, dicts with 'role' and 'content'; batches "

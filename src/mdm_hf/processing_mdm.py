@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 from .conversations import MODALITIES, NO_CLASS, ConversationReader, Prompt, as_columns, as_modalities
 from .known_images import read_images
 from .processing_options import MDMProcessorKwargs, options_of, positive
+from .prompts import messages_of
 from .token_rows import CONTROL_TOKENS, continues, expand_placeholders, pad_rows, target_texts
 
 
@@ -236,9 +237,9 @@ class MDMProcessor(ProcessorMixin):
         for name, value in options.items():
             options[name] = given.pop(name, value) if value is None else value
         row_options = options_of(self, {"return_tensors": return_tensors} | given)
-        if not conversation and not variables.get("is_continued"):
+        messages = messages_of(conversation)
+        if not messages and not variables.get("is_continued"):
             raise ValueError("Got no messages; need at least one; call the processor itself for no conditions.")
-        messages = conversation.messages if hasattr(conversation, "messages") else conversation
         is_batch = bool(messages) and not isinstance(messages[0], dict)
         prompts = [self._reader.read(one) for one in (messages if is_batch else [messages])]
         training = sum(prompt.has_targets for prompt in prompts)

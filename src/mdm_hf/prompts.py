@@ -99,6 +99,20 @@ def first_seed(seed: int | None) -> int:
     return int(torch.randint(2**31, ()).item()) if seed is None else whole_number("seed", seed, least=0)
 
 
+def messages_of(conversation: Any) -> Any:
+    """The messages of transformers' Chat; whatever else stands for them, as it is.
+
+    Raises:
+        ValueError: a message alone.
+    """
+    if isinstance(conversation, dict):
+        raise ValueError(
+            f"Got the message {str(conversation)[:60]} alone in place of a conversation; need a list of messages, "
+            "dicts with 'role' and 'content'; put it into a list."
+        )
+    return getattr(conversation, "messages", conversation)
+
+
 def _made_of(canvas: Any, made: Collection[str]) -> Collection[str]:
     """The kinds of a canvas's parts; `made` where there is none, or one that is refused when it is drawn."""
     parts = [canvas] if isinstance(canvas, dict) else canvas
@@ -144,7 +158,7 @@ def _zipped(fixed: dict, many: dict[str, Any], generate: Any) -> Iterator[dict]:
 def _prompt(prompt: dict, generate: Any) -> dict:
     """One prompt, whose `text` may be a whole one."""
     text = prompt["text"]
-    if isinstance(text, list | tuple):
+    if isinstance(text, list | tuple) or hasattr(text, "messages"):
         text = {"messages": text}
     if isinstance(text, dict):
         if unknown := sorted(set(text) - set(CONDITIONS)):
@@ -153,6 +167,7 @@ def _prompt(prompt: dict, generate: Any) -> dict:
                 "drop the others, or pass one column as text=, images=, class_ids=, messages= or canvas=."
             )
         prompt = prompt | {"text": None} | text
+    prompt = prompt | {"messages": messages_of(prompt["messages"])}
     if prompt.get("canvas") is not None and generate is not None:
         raise ValueError(
             f"Got generate={generate!r} and a canvas, whose parts say what is made; need one of the two; leave "
