@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -430,6 +431,8 @@ def test_a_message_that_aims_at_nothing_is_refused(processor: MDMProcessor) -> N
         processor.apply_chat_template([user(text_part("a three")), assistant()])
     with refuses(r"Got a last assistant message, .*, where \('image',\) is to be generated; need one of the two"):
         processor.apply_chat_template([assistant(text_part("a three"))], generate=("image",))
+    with refuses("Got the message {'role': 'user'.* alone in place of a conversation; need a list .*put it into a"):
+        processor.apply_chat_template(user(text_part("a three")))
     with refuses("Got no messages; need at least one"):
         processor.apply_chat_template([])
 
@@ -483,6 +486,19 @@ def test_options_that_cannot_be_are_refused(processor: MDMProcessor, options: di
         processor(**options)
 
 
+def test_an_argument_that_cannot_be_is_not_laid_at_the_door_of_the_files(tmp_path: Path) -> None:
+    for options, complaint in (
+        ({"max_new_tokens": 0}, "^Got max_new_tokens 0; need a whole number of at least 1"),
+        ({"image_size": (7, 8)}, "^Image height 7 is not a multiple of patch_size 2"),
+    ):
+        with refuses(complaint):
+            MDMProcessor.from_pretrained(SHIPPED, **options)
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with refuses("^Got .* with a processor that cannot be made .* with force_download=True"):
+        MDMProcessor.from_pretrained(tmp_path, max_new_tokens=5)
+
+
 def test_continuing_a_message_and_unknown_processor_kwargs_are_refused(processor: MDMProcessor) -> None:
     with refuses("Got continue_final_message=True"):
         processor.apply_chat_template([assistant(text_part("a"))], continue_final_message=True)
@@ -495,7 +511,7 @@ def test_a_tokenizer_without_the_control_tokens_is_refused(processor: MDMProcess
     from transformers import PreTrainedTokenizerFast
 
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with refuses(r"Got a tokenizer without pad_token, bos_token, eos_token, .*; build it with mdm_hf.conversion"):
+    with refuses(r"Got a tokenizer without pad_token, bos_token, eos_token, .*; build it with mdm_hf.training.tok"):
         MDMProcessor(processor.image_processor, plain)
 
 

@@ -59,12 +59,16 @@ CHAT_TEMPLATE = """\
 """
 
 
+# Arguments of `from_pretrained` that say where the files are, and nothing of what is in them.
+PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
 class MDMProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template of MDM in one.
 
     Args:
         image_processor: [`MDMImageProcessorPil`].
-        tokenizer: A fast tokenizer with the control tokens of `mdm_hf.conversion.build_tokenizer`.
+        tokenizer: A fast tokenizer with the control tokens of `mdm_hf.training.tokenizer.build_tokenizer`.
         chat_template: Jinja source; the standard layout if None.
         image_size: (height, width) in pixels of images to generate; the image processor's `size` if None.
         max_new_tokens: Length in tokens of the canvas of every text to generate.
@@ -93,7 +97,7 @@ class MDMProcessor(ProcessorMixin):
         if missing:
             raise ValueError(
                 f"Got a tokenizer without {', '.join(missing)}; need one with MDM's control tokens; build it with "
-                "mdm_hf.conversion.build_tokenizer."
+                "mdm_hf.training.tokenizer.build_tokenizer."
             )
         self.max_new_tokens = positive("max_new_tokens", max_new_tokens)
         self.num_classes = num_classes
@@ -112,6 +116,10 @@ class MDMProcessor(ProcessorMixin):
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # Of files that are no mappings, or lack a key, transformers raises whatever comes first; none names the file.
         except (ValueError, LookupError, TypeError, AttributeError) as error:
+            place = {name: value for name, value in kwargs.items() if name in PLACE}
+            if place != kwargs:
+                cls.from_pretrained(pretrained_model_name_or_path, *args, **place)
+                raise  # the files alone are good: what was given beside them is not
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} with a processor that cannot be made ({error}); need "
                 "processor_config.json, tokenizer_config.json and tokenizer.json, whole; push or download them again, "

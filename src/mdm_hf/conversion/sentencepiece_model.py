@@ -44,7 +44,7 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     if proto.trainer_spec.model_type != format.TrainerSpec.UNIGRAM or tuple(pieces[: len(SPECIAL)]) != SPECIAL:
         raise ValueError(
             f"Got {path}, no unigram model that begins with the control tokens {', '.join(SPECIAL[:6])}, ...; need "
-            "one made by `mdm_hf.conversion.build_tokenizer`: a model's ids begin with them."
+            "one made by `mdm_hf.training.tokenizer.train_sentencepiece`: a model's ids begin with them."
         )
     for spec, flag, needed in FLAGS:
         if (given := getattr(getattr(proto, spec), flag)) != needed:
