@@ -21,13 +21,14 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
 from mdm_hf.conversion.convert import convert
+from mdm_hf.publishing.adapter import read_adapter
 from mdm_hf.publishing.card import MADE_BY, card_of, check_card, write_card
 from mdm_hf.publishing.card_notes import NOTES, read_notes
 from mdm_hf.publishing.examples import checkpoint_hash, draw_examples, drawn_examples, enlarged
-from mdm_hf.publishing.repository import check_weights, pull, push, requirements, staged
+from mdm_hf.publishing.repository import check_weights, has_weights, pull, push, requirements, staged
 
 
 ROOT = Path(__file__).parents[1]
@@ -424,6 +425,17 @@ def test_an_untrained_preset_is_pushed_without_weights(hub) -> None:
     assert "config.json" in pushed
     assert not [name for name in pushed if name.endswith(".safetensors")]
     assert b"**Untrained.**" in pushed["README.md"]
+
+
+def test_a_folder_may_be_given_as_a_text(hub, tmp_path) -> None:
+    preset, pulled = str(tmp_path / "preset"), str(tmp_path / "pulled")
+    MDMConfig().save_pretrained(preset)
+    assert read_notes(preset)["name"] == "preset"
+    assert (read_adapter(preset), checkpoint_hash(preset), draw_examples(preset, [])) == (None, None, False)
+    assert write_card(preset) == Path(preset, "README.md")
+    push(preset, "org/preset")
+    assert pull("org/preset", pulled) == Path(pulled)
+    assert not has_weights(pulled)
 
 
 def test_what_is_no_model_is_not_pushed(hub, tmp_path, capsys) -> None:

@@ -36,7 +36,7 @@ class Adapter:
         return f'"{self.base}"' + (f', revision="{self.revision}"' if self.revision else "")
 
 
-def read_adapter(folder: Path) -> Adapter | None:
+def read_adapter(folder: str | Path) -> Adapter | None:
     """The adapter in a folder; None where there is a model, or nothing.
 
     Args:
@@ -46,6 +46,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         ValueError: a base that is no repository of the Hub, settings without trained modules, weights that are
             missing, not whole or not finite.
     """
+    folder = Path(folder)
     fields = None if (folder / "config.json").is_file() else _settings(folder)
     if fields is None:
         return None

@@ -52,7 +52,7 @@ PAPER = """@article{mdm,
 }"""
 
 
-def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False) -> Path:
+def write_card(folder: str | Path, repo_id: str | None = None, overwrite: bool = False) -> Path:
     """Writes README.md of a folder; see the module.
 
     Args:
@@ -66,6 +66,7 @@ def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False
     Raises:
         ValueError: the README.md is somebody's; what `card_of` and `check_card` refuse.
     """
+    folder = Path(folder)
     path = check_readme(folder, overwrite)
     text = card_of(folder, repo_id)
     check_card(text, folder)
@@ -73,12 +74,13 @@ def write_card(folder: Path, repo_id: str | None = None, overwrite: bool = False
     return path
 
 
-def check_readme(folder: Path, overwrite: bool = False) -> Path:
+def check_readme(folder: str | Path, overwrite: bool = False) -> Path:
     """Where the card of a folder goes.
 
     Raises:
         ValueError: somebody's README.md is there, and not to be replaced.
     """
+    folder = Path(folder)
     path = folder / CARD
     if path.is_file() and not overwrite and not is_generated(path):
         raise ValueError(
@@ -103,12 +105,13 @@ def is_of_weights(path: Path) -> bool:
     return path.name in (CARD, SPEED, EXAMPLES, FOLDER) or path.match("*scores*.json")
 
 
-def card_of(folder: Path, repo_id: str | None = None) -> str:
+def card_of(folder: str | Path, repo_id: str | None = None) -> str:
     """The card's text: front matter and sections.
 
     Raises:
         ValueError: scores or examples are of other weights than the folder's; neither an MDM nor an adapter of one.
     """
+    folder = Path(folder)
     adapter = read_adapter(folder)
     if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
@@ -140,13 +143,14 @@ def card_of(folder: Path, repo_id: str | None = None) -> str:
     return f"---\n{_front_matter(notes, results, examples, adapter).to_yaml()}\n---\n{body}\n"
 
 
-def check_card(text: str, folder: Path) -> None:
+def check_card(text: str, folder: str | Path) -> None:
     """Refuses a card that the Hub would refuse, or would show with a hole in it.
 
     Raises:
         ValueError: front matter that is none, or lacks a licence; a task or library that the Hub does not know; a
             picture that is not in the folder.
     """
+    folder = Path(folder)
     try:
         data = ModelCard(text).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError) as error:

@@ -28,7 +28,7 @@ NOTES: dict[str, Any] = {  # the keys of card.yaml, and what stands for one that
 }
 
 
-def read_notes(folder: Path) -> dict:
+def read_notes(folder: str | Path) -> dict:
     """card.yaml of a folder, with `NOTES` for what it leaves out.
 
     Args:
@@ -37,6 +37,7 @@ def read_notes(folder: Path) -> dict:
     Raises:
         ValueError: it is no YAML mapping, or has a key that is none of `NOTES`.
     """
+    folder = Path(folder)
     path = folder / NOTES_FILE
     given = read_file(path) if path.is_file() else {}
     given = {} if given is None else given  # an empty file, or one of comments alone: every key may be left out

@@ -26,13 +26,14 @@ FORMS: dict[str, tuple] = {  # of the keys' values; a picture's is that of `_che
 LEAST_SIDE = 256  # pixels: smaller pictures are enlarged by whole numbers, or a browser blurs them
 
 
-def checkpoint_hash(folder: Path) -> str | None:
+def checkpoint_hash(folder: str | Path) -> str | None:
     """What tells the weights of one folder from another's, in however many files they lie: 16 hexadecimal digits, None
     where there are none.
 
     Raises:
         ValueError: weights that cannot be read, or lie in pickles alone: such a model is not untrained.
     """
+    folder = Path(folder)
     where: dict[str, Path] = {}
     for path in folder.glob("*model*.safetensors"):  # a moving average beside them is another model's
         try:
@@ -54,7 +55,7 @@ def checkpoint_hash(folder: Path) -> str | None:
     return digest.hexdigest()[:16] if where else None
 
 
-def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None = None) -> bool:
+def draw_examples(folder: str | Path, examples: list[dict], pipe: MDMPipeline | None = None) -> bool:
     """Has the checkpoint in `folder` make what the examples ask for; nothing if it already did.
 
     Args:
@@ -67,6 +68,7 @@ def draw_examples(folder: Path, examples: list[dict], pipe: MDMPipeline | None =
     Raises:
         ValueError: no weights; an example with other keys, with a picture that is not there, or that is refused.
     """
+    folder = Path(folder)
     for example in examples:
         check_example(example)
         if "image" in example:
@@ -138,12 +140,13 @@ def _check_picture(folder: Path, name: Any) -> None:
         raise ValueError(f"Got {folder / name}, which Pillow cannot read ({error}); need a whole picture.") from error
 
 
-def drawn_examples(folder: Path, examples: list[dict]) -> list[dict]:
+def drawn_examples(folder: str | Path, examples: list[dict]) -> list[dict]:
     """The examples, each with what was "made" of it.
 
     Raises:
         ValueError: they were not drawn, or by other weights, or a picture is not what was drawn.
     """
+    folder = Path(folder)
     if not examples:
         return []
     if (drawn := _drawn(folder, examples)) is None:

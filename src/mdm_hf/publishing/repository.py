@@ -39,7 +39,7 @@ NOT_FOR_ENDPOINTS = {"torch"}  # the server brings it
 
 
 @contextmanager
-def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[Path]:
+def staged(folder: str | Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[Path]:
     """A temporary folder with all that is to be pushed of the model in `folder`.
 
     Args:
@@ -50,6 +50,7 @@ def staged(folder: Path, repo_id: str, max_shard_size: str = "5GB") -> Iterator[
     Raises:
         ValueError: a model that does not load, a size that is none, a card that the Hub would refuse.
     """
+    folder = Path(folder)
     adapter = read_adapter(folder)
     if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"Got {folder} without config.json; need the folder of a saved model; name that.")
@@ -102,7 +103,7 @@ def _add_card(folder: Path, target: Path, repo_id: str) -> None:
 
 
 def push(
-    folder: Path,
+    folder: str | Path,
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
@@ -128,6 +129,7 @@ def push(
         ValueError: what cannot be pushed as it is: see [`staged`]; a public repository where `private` was asked for.
         OSError: the Hub refuses, or is not reached.
     """
+    folder = Path(folder)
     api = HfApi(token=token)
     check_names(repo_id, revision)
     with staged(folder, repo_id, max_shard_size) as target, reaching_the_hub():
@@ -170,7 +172,7 @@ def _ask_about_card(text: str) -> None:
 
 
 def pull(
-    repo_id: str, folder: Path, revision: str | None = None, overwrite: bool = False, token: str | None = None
+    repo_id: str, folder: str | Path, revision: str | None = None, overwrite: bool = False, token: str | None = None
 ) -> Path:
     """Fetches a whole repository into a folder and checks that it is whole. Runs nothing of what it fetches.
 
@@ -188,6 +190,7 @@ def pull(
         ValueError: the folder holds other things, or is none; weights that are missing or not whole.
         OSError: the Hub refuses, or is not reached.
     """
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Got {folder} to pull into, which is there and no folder; need a folder; give another name.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_dir() and not overwrite:
@@ -209,9 +212,9 @@ def pull(
     return folder
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: str | Path) -> bool:
     """Whether a folder has weights in safetensors, a model's or an adapter's."""
-    return any(folder.glob("*model*.safetensors"))
+    return any(Path(folder).glob("*model*.safetensors"))
 
 
 def _former_weights(folder: Path, there: set[str]) -> list[Path]:
@@ -266,12 +269,13 @@ def reaching_the_hub() -> Iterator[None]:
         ) from error
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: str | Path) -> None:
     """Refuses weights of which a file is missing or not whole.
 
     Raises:
         ValueError: with the file's name.
     """
+    folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     try:
         where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
