@@ -87,6 +87,12 @@ def test_the_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) ->
     exec(compile(padding + block.code, str(README), "exec"), {"__name__": "__main__"})
 
 
+def test_the_environment_is_activated_once_and_before_the_first_python_block() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count(".venv/bin/activate") == 1
+    assert text.index("make demo") < text.index(". .venv/bin/activate") < text.index("```python")
+
+
 def test_every_make_target_named_exists() -> None:
     rules = re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert "help" in rules
