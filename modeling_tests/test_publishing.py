@@ -19,7 +19,7 @@ from loopback_hub import WRITE_TOKEN, LoopbackHub
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import save_autoencoder, tiny_config, tiny_model
 
 from mdm_hf import MDMConfig, MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
@@ -105,6 +105,30 @@ def test_presets_without_weights_are_called_untrained() -> None:
     for folder in CARDS:
         is_said = "**Untrained.**" in (folder / "README.md").read_text(encoding="utf-8")
         assert is_said == (folder not in TRAINED)
+
+
+def test_the_code_on_an_untrained_card_gives_a_model_that_sees_pictures(tmp_path) -> None:
+    vae, folder = tmp_path / "vae", tmp_path / "mdm-base"
+    save_autoencoder(vae)
+    config = tiny_config()
+    config.save_pretrained(folder)
+    assert "autoencoder" not in card_of(folder)
+    config.vae_config.num_channels = 4
+    config.save_pretrained(folder)
+    card = card_of(folder)
+    assert "names no autoencoder that makes these of pixels: put one of your choice in front" in card
+    assert "`model: {preset: mdm-base, pixel_autoencoder: {repo_id: org/vae}}`" in card
+    assert f"patches of {config.vae_config.patch_size} latents of an autoencoder" in card
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("org/vae", str(vae)), names)
+    assert names["model"].config.image_channels == 3
+    assert bool(names["model"].model.pixel_autoencoder.is_loaded)
+
+    names["config"].save_pretrained(folder)
+    card = card_of(folder)
+    assert "MDMForMultiModalGeneration(config).load_pixel_autoencoder()" in card
+    assert "with_pixel_autoencoder" not in card
+    assert f"patches of {names['config'].pixel_patch_size} pixels" in card
 
 
 def test_every_score_on_the_card_is_the_one_in_the_file_and_has_a_task_of_the_hub() -> None:

@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoints import write_whole
 from ..configuration_mdm import MDM_PRESETS, MDMConfig
+from ..image_reading import MODES
 from ..modeling_mdm import MDMForMultiModalGeneration
 from .adapter import Adapter, is_template, read_adapter, usage
 from .card_notes import NOTES, NOTES_FILE, read_file, read_notes
@@ -126,7 +127,11 @@ def card_of(folder: str | Path, repo_id: str | None = None) -> str:
         f"# {notes['name']}",
         notes["summary"].strip(),
         f"![Samples]({notes['picture']})" if notes["picture"] else "",
-        *_how_to_use(place, repo_id is not None, examples, adapter, is_trained, notes["name"]),
+        *(
+            _how_to_use(place, repo_id is not None, examples, adapter)
+            if is_trained
+            else _untrained(MDMConfig.from_pretrained(folder), place, notes["name"])
+        ),
         *(["## What it makes", _example_table(examples)] if examples else []),
         *_score_sections(results, notes["scores"]),
         *_speed_section(folder),
@@ -340,11 +345,7 @@ def _speed_section(folder: Path) -> list[str]:
     ]
 
 
-def _how_to_use(
-    place: str, is_on_hub: bool, examples: list[dict], adapter: Adapter | None, is_trained: bool, name: str
-) -> list[str]:
-    if not is_trained:
-        return _untrained(place, name)
+def _how_to_use(place: str, is_on_hub: bool, examples: list[dict], adapter: Adapter | None) -> list[str]:
     files = f"https://huggingface.co/{place}/resolve/main" if is_on_hub else place
     calls = [f"pipe({_arguments(example, files)})[0]" for example in examples[:4]] or ["pipe(seed=0)[0]"]
     if adapter is not None:
@@ -361,17 +362,36 @@ def _how_to_use(
     return sections
 
 
-def _untrained(place: str, name: str) -> list[str]:
-    code = f'config = MDMConfig.from_pretrained("{place}")\nmodel = MDMForMultiModalGeneration(config)'
+def _untrained(config: MDMConfig, place: str, name: str) -> list[str]:
+    lines = ["from mdm_hf import MDMConfig, MDMForMultiModalGeneration", ""]
+    lines.append(f'config = MDMConfig.from_pretrained("{place}")')
+    made, recipe, told = "model = MDMForMultiModalGeneration(config)", f"preset: {name}", ""
+    if _needs_autoencoder(config):
+        channels = config.vae_config.num_channels
+        lines.append(f'config = config.with_pixel_autoencoder("org/vae")  # one of {channels} latent channels')
+        recipe += ", pixel_autoencoder: {repo_id: org/vae}"
+        told = (
+            f"The configuration takes pictures as {channels} channels of latents and names no autoencoder that makes "
+            "these of pixels: put one of your choice in front, a folder or a repository of the Hub, as shown."
+        )
+    if _needs_autoencoder(config) or config.pixel_autoencoder is not None:
+        lines.append(f"{made}.load_pixel_autoencoder()  # all other weights are random")
+    else:
+        lines.append(f"{made}  # random weights")
     return [
         "**Untrained.** There are no weights here: this is the configuration to train one with.",
         "## Use",
-        f"```python\nfrom mdm_hf import MDMConfig, MDMForMultiModalGeneration\n\n{code}  # random weights\n```",
-        f"To train it, write `model: {{preset: {name}}}` into a recipe; `mdm train RECIPE --dry-run` says what a step "
-        "takes."
+        "```python\n" + "\n".join(lines) + "\n```",
+        told,
+        f"To train it, write `model: {{{recipe}}}` into a recipe; `mdm train RECIPE --dry-run` says what a step takes."
         if name in MDM_PRESETS
         else "",
     ]
+
+
+def _needs_autoencoder(config: MDMConfig) -> bool:
+    """Whether patches are of latents, and nothing there makes these of pixels."""
+    return config.image_channels not in MODES
 
 
 def _arguments(example: dict, files: str) -> str:
@@ -400,13 +420,14 @@ def _sizes(folder: Path) -> str:
         model = MDMForMultiModalGeneration(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     directions = " + ".join(map(str, config.scan_directions))
+    patches = f"{config.pixel_patch_size} {'latents of an autoencoder' if _needs_autoencoder(config) else 'pixels'}"
     rows = [
         ["parameters", f"{count:,}"],
         ["weights in float32, bfloat16", f"{count * 4 / 2**20:,.1f} MiB, {count * 2 / 2**20:,.1f} MiB"],
         ["blocks, width, state", f"{config.num_hidden_layers}, {config.hidden_size}, {config.state_size}"],
         ["backbone", config.backbone if config.backbone != "mamba" else f"Mamba-2, {directions} scan directions"],
         ["vocabulary", f"{config.vocab_size:,} tokens"],
-        ["latents", f"{config.vae_config.latent_size} a position, patches of {config.vae_config.patch_size} pixels"],
+        ["latents", f"{config.vae_config.latent_size} a position, patches of {patches}"],
     ]
     return _table([["", ""], *rows])
 
