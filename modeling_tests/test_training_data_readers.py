@@ -255,6 +255,48 @@ def test_a_source_that_cannot_be_is_refused(options, message, tmp_path, monkeypa
         read_source(**({"path": "rows.jsonl", "adapter": "text"} | options))
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_rows_whose_image_is_named_by_a_template_lend_their_words_to_the_tokenizer_and_their_length(
+    streaming, tmp_path
+) -> None:
+    rows = [{"image_id": i, "caption": "word " * (i + 1)} for i in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows, "info": {"year": 2017}}))
+    named = {"field": "annotations", "image_file": "{image_id:012d}.jpg"}
+    source = read_source(tmp_path / "captions.json", "coco", streaming=streaming, **named)
+    assert sorted(source.texts()) == ["word", "word word", "word word word"]
+    if not streaming:
+        assert [source.length(i) for i in range(3)] == [4, 9, 14]
+
+
+MALFORMED = {
+    "ultrachat, a turn of None": ("ultrachat", {"messages": [None]}),
+    "llava, a turn of None": ("llava", {"conversations": [None]}),
+    "visual_genome, a pair of None": ("visual_genome", {"image": b"", "qas": [None]}),
+    "journeydb, Task2 a string": ("journeydb", {"img_path": "a.jpg", "prompt": "a cat", "Task2": "a dog"}),
+    "conversations, a part a string": ("conversations", {"messages": [{"role": "user", "content": ["hello"]}]}),
+    "ocrvqa, answers a number": ("ocrvqa", {"image": b"", "questions": ["what?"], "answers": 3}),
+    "shapes, lists of unlike length": (
+        "shapes",
+        {"image": b"", "captions": ["a"], "questions": ["what?"], "answers": [], "messages": []},
+    ),
+    "shapes, a question of 3": (
+        "shapes",
+        {"image": b"", "captions": ["a"], "questions": [3], "answers": ["a"], "messages": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_nested_value_of_the_wrong_kind_is_a_bad_row_that_stops_neither_the_run_nor_the_tokenizer(name) -> None:
+    adapter, row = MALFORMED[name]
+    source = RecordSource([{"id": 7, **row}], adapter)
+    with pytest.raises(BadRow, match=r"^Got .*; need .*; mend the row.*\(id 7\)$") as caught:
+        source.sample(0, next(iter(source.tasks)), np.random.default_rng(0))
+    assert caught.value.kind == "bad value"
+    assert list(source.texts()) == []
+    assert source.length(0) == 0
+
+
 def test_a_template_that_the_row_cannot_fill_is_a_bad_row() -> None:
     source = RecordSource([{"id": 7, "text": "words"}], "captions", image_file="{image_id:012d}.jpg")
     with pytest.raises(BadRow, match=r"image_file '\{image_id:012d\}.jpg' and a row with the fields id, text"):

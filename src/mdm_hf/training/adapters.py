@@ -154,9 +154,9 @@ def shapes(row: Row) -> Record:
     return Record(
         image=_need(row, "image"),
         captions=_texts(_need(row, "captions"), "captions"),
-        prompts=list(row.get("prompts") or ()),
+        prompts=[_text(prompt, "prompts") for prompt in row.get("prompts") or ()],
         class_id=None if label is None else _class_id(label),
-        questions=[(question, [answer]) for question, answer in pairs],
+        questions=[(_text(question, "questions"), [_text(answer, "answers")]) for question, answer in pairs],
         messages=conversations({"messages": _need(row, "messages")}).messages,
     )
 

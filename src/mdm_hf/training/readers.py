@@ -111,8 +111,7 @@ class RecordSource:
     def conversation(self, row: dict, task: str, rng: np.random.Generator) -> dict:
         """One example of `task` from `row`, with its images open. Raises [`BadRow`], which names the row."""
         try:
-            record = self.adapter(self._with_image_file(row))
-            example = conversation_of(record, task, rng, self.condition_dropout, self.infill, self.split)
+            example = conversation_of(self.record(row), task, rng, self.condition_dropout, self.infill, self.split)
             example = with_images(example, self._opened)
             if self.check is not None:
                 self._checked(example["messages"])
@@ -121,10 +120,22 @@ class RecordSource:
             raise BadRow(f"{bad}{named}", bad.kind) from bad
         return example
 
+    def record(self, row: dict) -> Record:
+        """What the adapter makes of `row`. Raises [`BadRow`], also for what the adapter stumbles over."""
+        try:
+            return self.adapter(self._with_image_file(row))
+        except BadRow:
+            raise
+        except (AttributeError, TypeError, LookupError, ValueError) as error:
+            raise BadRow(
+                f"Got a row that the adapter cannot read ({error!r}); need fields of the kinds it names; mend the "
+                "row, or choose another adapter."
+            ) from error
+
     def length(self, index: int) -> int:
         """Letters in row `index`, by which like rows are batched; 0 of a bad row."""
         try:
-            return sum(map(len, self.adapter(self.row(index)).texts()))
+            return sum(map(len, self.record(self.row(index)).texts()))
         except BadRow:  # counted where it is sampled
             return 0
 
@@ -132,7 +143,7 @@ class RecordSource:
         """Every text of one pass, to build a tokenizer from; bad rows, counted where they are sampled, have none."""
         for row in self.rows if self.is_streaming else map(self.row, range(len(self))):
             try:
-                yield from self.adapter(row).texts()
+                yield from self.record(row).texts()
             except BadRow:
                 continue
 
