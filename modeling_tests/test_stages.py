@@ -99,6 +99,17 @@ def test_a_frozen_encoder_keeps_the_latents_while_the_decoder_learns(pictures, r
             assert torch.equal(weight, after[name]) == is_kept, name
 
 
+def test_a_model_that_is_trained_further_keeps_its_sampling_settings_unless_the_recipe_has_some(
+    pictures, run, tmp_path
+):
+    start = [f"model={{from: {run / 'final'}}}", f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae="]
+    short = ["stages.diffusion.max_steps=1", "stages.diffusion.sample_every=9"]
+    for given, steps in (("", 2), ("{guidance_scale: 3.0}", 20)):
+        folder = tmp_path / f"run-{steps}"
+        final = run_recipe(recipe(pictures, folder, *start, *short, f"generation={given}"))
+        assert MDMForMultiModalGeneration.from_pretrained(final).generation_config.num_inference_steps == steps
+
+
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, run):
     before = sorted(run.rglob("*"))
     with pytest.raises(ValueError, match=r"which holds final of an earlier run; need a new folder, or --resume"):

@@ -226,6 +226,7 @@ def _train(
 ) -> None:
     options, arguments = stage_options(recipe, name), make_arguments(recipe, name, folder)
     diffusion_weight = model.config.diffusion_weight
+    generation = recipe.get("generation") or sampling_options(model.generation_config)
     if name == "vae":
         model.config.diffusion_weight = 0.0  # the blocks do not even run
     freeze(model, name, options)
@@ -252,7 +253,7 @@ def _train(
     whole = trainer.whole_model()
     if arguments.should_save:
         whole.config.diffusion_weight = diffusion_weight
-        publish(whole, processor, target, recipe.get("generation") or {})
+        publish(whole, processor, target, generation)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -262,13 +263,13 @@ def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, targe
         logger.warning(f"Stage gate is finished: {target}.")
         return
     model = MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, modality_gate=True).eval()
-    generation = model.generation_config
+    generation = recipe.get("generation") or sampling_options(model.generation_config)
     number = recipe["stages"]["gate"]["num_samples"]
     mix = make_mix(recipe, "gate", number, GATE_BATCH, processor)
     batches = DataLoader(mix, batch_size=GATE_BATCH, collate_fn=ConversationCollator(processor))
     right = fit_gate(model, logging.tqdm(batches, desc="Reading conversations"))
     print(f"The gate decides {right:.1%} of {number // HELD_OUT} held-out conversations right.")
-    publish(model, processor, target, recipe.get("generation") or sampling_options(generation))
+    publish(model, processor, target, generation)
 
 
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path, generation: dict) -> None:
