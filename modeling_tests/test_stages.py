@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
 from mdm_hf.cli import main
-from mdm_hf.training.assembly import make_mix, make_model, make_processor
+from mdm_hf.training.assembly import make_arguments, make_eval_mix, make_mix, make_model, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.stages import run_recipe
-from mdm_hf.training.trainer import ConversationCollator
+from mdm_hf.training.trainer import ConversationCollator, MDMTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -352,6 +352,28 @@ def test_losses_on_eval_data_are_logged_and_do_not_change_the_run(pictures, run,
     evaluated = [entry for entry in log["log_history"] if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluated] == [2, 3]
     assert evaluated[0]["eval_loss_se_text"] > 0
+
+
+def test_what_is_evaluated_and_kept_as_the_best_is_the_average_that_is_published(pictures, run, tmp_path):
+    alone = [f"processor={run / 'processor'}", "stages.tokenizer=", "stages.vae="]
+    held_out = [f"eval_data={{pictures: {{path: {pictures}, adapter: captions}}}}", "eval_samples=8"]
+    best = ["stages.diffusion.load_best_model_at_end=true", "stages.diffusion.greater_is_better=true"]
+    steps = ["stages.diffusion.save_steps=1", "stages.diffusion.learning_rate=0.1"]
+    spec = recipe(pictures, tmp_path / "run", *alone, *held_out, *best, *steps)
+    final, folder = run_recipe(spec), tmp_path / "run" / "diffusion"
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert len(set(losses.values())) == len(losses) == 3
+    step = max(losses, key=lambda one: losses[one])  # a step before the last one, here
+    assert step < 3
+    processor = make_processor(spec)
+    again = MDMTrainer(
+        model=MDMForMultiModalGeneration.from_pretrained(final),
+        args=make_arguments(spec, "diffusion", tmp_path / "again"),
+        eval_dataset=make_eval_mix(spec, 8, processor),
+        data_collator=ConversationCollator(processor),
+    )
+    assert again.evaluate()["eval_loss"] == pytest.approx(losses[step], abs=1e-5)
 
 
 def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(pictures, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Training with the Hugging Face Trainer: loss parts in the log, EMA, sample grids, exact resume."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -73,21 +74,28 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.ema = EMAModel(trained_parameters(model), decay=self.decay)
-        if self.resume_from is None:
-            return
-        path = self.resume_from / EMA_FILE
+        if self.resume_from is not None:
+            self.load(self.resume_from)
+            self.ema.optimization_step = state.global_step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.ema.step(trained_parameters(model))
+
+    def load(self, folder: Path):
+        """Takes up the average that a checkpoint's folder holds.
+
+        Raises:
+            ValueError: it holds none.
+        """
+        path = folder / EMA_FILE
         if not path.is_file():
             raise ValueError(
-                f"Resuming from {self.resume_from} needs the moving average {path.name}, which is missing; resume "
+                f"Resuming from {folder} needs the moving average {path.name}, which is missing; resume "
                 "from a checkpoint that was trained with one, or train without EMACallback."
             )
         saved = load_file(path)
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(as_sharded(saved[str(i)], shadow))
-        self.ema.optimization_step = state.global_step
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.ema.step(trained_parameters(model))
 
     def save(self, folder: Path, is_main_process: bool = True):
         """Writes the average as the unsharded model has it; every process has to call this."""
@@ -103,6 +111,15 @@ class EMACallback(TrainerCallback):
     def swap_out(self, model):
         """Gives the model back the weights that `swap_in` put aside."""
         self.ema.restore(_trained_at_rest(model))
+
+    @contextmanager
+    def averaged(self, model) -> Iterator[None]:
+        """A block in which `model` has the averaged weights."""
+        self.swap_in(model)
+        try:
+            yield
+        finally:
+            self.swap_out(model)
 
 
 def trained_parameters(model) -> list:
@@ -136,14 +153,13 @@ class SampleGridCallback(TrainerCallback):
         if not state.is_world_process_zero and not isinstance(model, FSDPModule):  # a sharded model needs them all
             return
         random_state = torch.get_rng_state()
-        self.ema.swap_in(model)
         model.eval()
         try:
-            picture = self.draw(model, state.global_step)
+            with self.ema.averaged(model):
+                picture = self.draw(model, state.global_step)
         finally:
             torch.set_rng_state(random_state)
             model.train()
-            self.ema.swap_out(model)
         if picture is not None and state.is_world_process_zero:
             path = Path(args.output_dir) / "samples" / f"step-{state.global_step:07d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +172,7 @@ class MDMTrainer(Trainer):
     - All that is drawn for a row comes from (seed, step, the row's place in the whole batch): the loss does not depend
       on the number of processes or micro-batches, and an evaluation gives the same loss every time.
     - The log has each part of the loss, over the rows in which it occurs, by timestep, tokens per second and memory.
+    - With an [`EMACallback`] an evaluation is of the average, and `load_best_model_at_end` brings back the best one.
     - A checkpoint is written aside, into `.unfinished/`, and renamed when all of it is there; one that is rotated out
       is renamed before it is deleted. A run killed at any moment resumes from the newest `checkpoint-*`.
     - A loss that is not finite stops the run before it reaches the weights; weights that are not are never saved.
@@ -241,8 +258,13 @@ class MDMTrainer(Trainer):
         return fold(seed, torch.arange(first, first + len(input_ids), device=input_ids.device))
 
     def evaluation_loop(self, *args, **kwargs):
+        """As in transformers, but of the moving average where one is kept, as it is what gets published."""
         self._batches[False] = (-1, 0)
-        output = super().evaluation_loop(*args, **kwargs)
+        with ExitStack() as averaged:
+            for callback in self._averages():
+                if callback.ema is not None:  # else nothing has been trained
+                    averaged.enter_context(callback.averaged(self.model))
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._meters[False].means(self._sum_over_processes)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
@@ -275,6 +297,11 @@ class MDMTrainer(Trainer):
 
     def _averages(self) -> list[EMACallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback)]
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        for callback in self._averages():
+            callback.load(Path(str(self.state.best_model_checkpoint)))
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
