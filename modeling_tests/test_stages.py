@@ -200,6 +200,25 @@ def test_a_caption_beyond_the_limit_does_not_widen_every_canvas(pictures, tmp_pa
     assert make_processor(recipe(long, tmp_path / "run")).max_new_tokens < 100
 
 
+def test_a_large_source_leaves_room_for_the_words_of_others_and_one_that_shows_no_text_is_not_read(
+    pictures, tmp_path, monkeypatch
+):
+    for name, word in (("large", "alpha"), ("small", "omega"), ("unread", "delta")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{word}"}}\n' * (200 if name == "large" else 4))
+    sources = [f"data.{name}={{path: {tmp_path / name}.jsonl, adapter: text}}" for name in ("large", "small")]
+    sources.append(
+        f"data.unread={{path: {tmp_path / 'unread.jsonl'}, adapter: captions, tasks: {{class_to_image: 1}}}}"
+    )
+    seen = []
+    monkeypatch.setattr(
+        "mdm_hf.training.assembly.build_tokenizer", lambda texts, *_, **__: seen.extend(texts) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        make_processor(recipe(pictures, tmp_path / "run", *sources, "stages.tokenizer.max_texts=18"))
+    pictured = [text for text in seen if text.startswith("a picture")]
+    assert (len(pictured), seen.count("alpha"), seen.count("omega"), seen.count("delta")) == (7, 7, 4, 0)
+
+
 def test_data_without_texts_says_what_its_first_row_lacks(pictures, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(pictures, bare)

@@ -19,7 +19,14 @@ from mdm_hf.conversion.build_tokenizer import (
     main,
 )
 from mdm_hf.training.digits import DIGIT_WORDS, all_captions, all_questions_and_answers
-from mdm_hf.training.tokenizer import CONTROL_TOKENS, build_tokenizer, to_fast_tokenizer, train_sentencepiece
+from mdm_hf.training.tokenizer import (
+    CONTROL_TOKENS,
+    LONGEST,
+    _in_pieces,
+    build_tokenizer,
+    to_fast_tokenizer,
+    train_sentencepiece,
+)
 
 
 SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "mdm-digits"
@@ -167,6 +174,16 @@ def test_whole_words_are_pieces_of_a_small_corpus() -> None:
     assert "▁and" not in plain.tokenize("a red circle and no more")
     assert kept.tokenize("a red circle and no more") == ["▁a", "▁red", "▁circle", "▁and", "▁no", "▁more"]
     assert kept.decode(kept("a blue fox, and 7 more!")["input_ids"]) == "a blue fox, and 7 more!"
+
+
+@pytest.mark.parametrize("between", [" ", ""], ids=["words", "one word"])
+def test_a_text_beyond_sentencepiece_s_limit_is_learnt_from(between: str, english: list[str]) -> None:
+    long = between.join(["мир"] * 1000)  # 6 kB and more, the only Cyrillic here
+    tokenizer = to_fast_tokenizer(train_sentencepiece([*english, long], 1000))
+    assert "м" in "".join(tokenizer.tokenize("мир"))
+    assert list(_in_pieces([long, "short  one "])) == [*list(_in_pieces([long])), "short  one "]
+    assert between.join(_in_pieces([long])) == long
+    assert all(len(piece.encode()) <= LONGEST for piece in _in_pieces([long]))
 
 
 MARKS = "\u0301\u0302\u0323\u0307\u0327\u0308"

@@ -5,7 +5,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .mix import ConversationMix, StreamingMix
 from .muon import MuonWithAdamW, muon_for
 from .readers import read_source
 from .recipe import MUON, OF_STAGE, builds_processor, stage_options
-from .records import BadRow, with_images
+from .records import WORDLESS, BadRow, with_images
 from .tokenizer import build_tokenizer
 
 
@@ -92,9 +92,14 @@ def _why_no_text(recipe: dict) -> str:
 
 
 def _texts(recipe: dict) -> Iterator[str]:
-    """Every text of one pass over the data; rows without one, or bad ones, are met again, and counted, in training."""
-    for source in make_sources(recipe["data"]).values():
-        yield from source.texts()
+    """The texts of one pass over the data, one of each source in turn; of those whose tasks show no text, none.
+
+    Bad rows are met again, and counted, in training.
+    """
+    sources = make_sources(recipe["data"]).values()
+    shown = [source.texts() for source in sources if any(w and task != WORDLESS for task, w in source.tasks.items())]
+    for texts in zip_longest(*shown):
+        yield from (text for text in texts if text is not None)
 
 
 def make_model(recipe: dict, processor: MDMProcessor, previous: str | Path | None) -> MDMForMultiModalGeneration:

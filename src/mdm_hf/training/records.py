@@ -29,6 +29,7 @@ TASKS = (
     "text",
     "conversation",
 )
+WORDLESS = "class_to_image"  # the one task that shows no text
 PROMPT_SHARE = 0.5  # of text_to_image where a record has prompts, beside its captions
 BAD_KINDS = ("missing field", "bad value", "empty text", "missing image", "corrupt image", "refused")
 

@@ -8,8 +8,9 @@
 """
 
 import io
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +44,7 @@ BYTE_NAME_CHARACTERS = "<>x0123456789ABCDEF"
 
 FEW_WORDS = 10_000  # distinct ones, of a corpus small enough to list every part of every word
 PIECE_LENGTH = 16  # letters at most, SentencePiece's own limit
+LONGEST = 4192  # bytes of a text, SentencePiece's own limit
 MAX_LENGTH = 512  # of a text in tokens (paper, Appendix C)
 
 
@@ -84,6 +86,13 @@ def _parts_of_words(sentences: list[str]) -> dict[str, int]:
     return dict(sorted(parts.items(), key=lambda part: (-part[1] * len(part[0]), part[0])))
 
 
+def _in_pieces(sentences: list[str]) -> Iterator[str]:
+    """Texts of more than `LONGEST` bytes cut, at white space where they have some: SentencePiece would drop them."""
+    for sentence in sentences:
+        is_long = len(sentence.encode()) > LONGEST
+        yield from textwrap.wrap(sentence, LONGEST // 4, break_on_hyphens=False) if is_long else [sentence]
+
+
 def _trained(
     sentences: list[str],
     vocab_size: int,
@@ -96,7 +105,7 @@ def _trained(
     sentencepiece.set_random_generator_seed(0)  # which million sentences of a larger corpus are read
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=_in_pieces(sentences),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
