@@ -131,6 +131,24 @@ def test_training_leaves_a_gate_behind_that_read_other_states(tmp_path, pipe, ca
         assert not torch.equal(model.modality_gate.weight, pipe.model.modality_gate.weight)
 
 
+@pytest.mark.timeout(120)  # a stream has no end
+def test_a_gate_is_fitted_to_as_many_conversations_of_a_stream_as_the_recipe_says(tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a seven"}\n' * 4)
+    source = f"data={{words: {{path: {tmp_path / 'rows.jsonl'}, adapter: text, streaming: true}}}}"
+    changes = [f"output_dir={tmp_path / 'run'}", f"model={{from: {CARD}}}", "stages={gate: {num_samples: 80}}", source]
+    run_recipe(load_recipe(ROOT / "recipes" / "digits.yaml", [*changes, f"processor={CARD}"]))
+    assert "of 16 held-out conversations right" in capsys.readouterr().out
+
+
+def test_data_of_the_gate_that_cannot_be_read_is_refused_before_anything_is_trained(tmp_path) -> None:
+    stages = "stages={diffusion: {max_steps: 1, data: [digits]}, gate: {num_samples: 64, data: [calls]}}"
+    calls = "data.calls={path: /no/such.jsonl, adapter: text}"
+    changes = [f"output_dir={tmp_path / 'run'}", f"processor={CARD}", stages, calls]
+    with pytest.raises(ValueError, match=r"Got path '/no/such\.jsonl'.* which cannot be read"):
+        run_recipe(load_recipe(ROOT / "recipes" / "digits.yaml", changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_gate_is_fitted_to_what_separates_the_answers(monkeypatch) -> None:
     model = tiny_model(modality_gate=True)
     states = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))

@@ -112,6 +112,7 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.diffusion.task_starts.image_and_text=5", "image_and_text 5; need a share of the run, from 0 to 1"),
         ("stages.diffusion.task_starts.image_and_words=0", "did you mean 'image_and_text'?"),
         ("stages.diffusion.data=digits", "need a list of the names of sources"),
+        ("stages.gate.num_samples=9", "Got stages.gate.num_samples 9; need a whole number of at least 10"),
         ("stages.diffusion.data=[]", "Got stages.diffusion.data with nothing"),
     ],
 )

@@ -24,6 +24,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ..configuration_mdm import MDMConfig, MDMVAEConfig
+from .gate import HELD_OUT
 from .records import TASKS
 
 
@@ -190,7 +191,8 @@ def _check_stage(name: str, stage: Any, data: dict) -> None:
     needed = OF_FITTED[name][0] if name in OF_FITTED else "max_steps"
     for key in (needed, "max_texts", "sample_every", "length_groups", "shuffle_buffer", "per_device_train_batch_size"):
         if key in stage or key == needed:
-            _typed(f"{where}.{key}", stage.get(key), int, "a whole number of at least 1", least=1)
+            least = 2 * HELD_OUT if key == "num_samples" else 1
+            _typed(f"{where}.{key}", stage.get(key), int, f"a whole number of at least {least}", least=least)
     for key, value in stage.items():
         default = fields[key].default if key in fields else None
         if isinstance(default, int | float) and not isinstance(default, bool):

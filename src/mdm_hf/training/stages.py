@@ -9,13 +9,13 @@ output_dir/final/        what the last stage made, ready for the Hub
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
@@ -129,7 +129,7 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
     if not builds_processor(recipe) or (root / "processor").is_dir():
         processor = make_processor(recipe)
         for name in names:
-            if name not in OF_FITTED:
+            if name != "tokenizer":
                 make_mix(recipe, name, 1, 1, processor)
         make_eval_mix(recipe, 1, processor)
         for key in {"from", "vae_from"} & set(recipe["model"]):
@@ -265,9 +265,9 @@ def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, targe
     model = MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, modality_gate=True).eval()
     generation = recipe.get("generation") or sampling_options(model.generation_config)
     number = recipe["stages"]["gate"]["num_samples"]
-    mix = make_mix(recipe, "gate", number, GATE_BATCH, processor)
-    batches = DataLoader(mix, batch_size=GATE_BATCH, collate_fn=ConversationCollator(processor))
-    right = fit_gate(model, logging.tqdm(batches, desc="Reading conversations"))
+    examples = islice(make_mix(recipe, "gate", number, GATE_BATCH, processor), number)  # a stream has no end
+    batches = map(ConversationCollator(processor), iter(lambda: list(islice(examples, GATE_BATCH)), []))
+    right = fit_gate(model, logging.tqdm(batches, desc="Reading conversations", total=-(-number // GATE_BATCH)))
     print(f"The gate decides {right:.1%} of {number // HELD_OUT} held-out conversations right.")
     publish(model, processor, target, generation)
 
