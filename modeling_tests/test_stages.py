@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from mdm_hf import MDMForMultiModalGeneration, MDMPipeline
+from mdm_hf import MDMForMultiModalGeneration, MDMPipeline, MDMProcessor
 from mdm_hf.cli import main
 from mdm_hf.training.assembly import make_arguments, make_eval_mix, make_mix, make_model, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
-from mdm_hf.training.stages import run_recipe
+from mdm_hf.training.stages import publish, run_recipe
 from mdm_hf.training.trainer import ConversationCollator, MDMTrainer
 
 
@@ -129,6 +129,45 @@ def test_resuming_leaves_finished_stages_alone_and_goes_on_where_more_steps_are_
     assert (again / "diffusion" / "checkpoint-5").is_dir()
     after = load_file(again / "final" / "model.safetensors")
     assert any(not torch.equal(before[k], v) for k, v in after.items())
+
+
+def test_a_run_killed_as_it_publishes_leaves_the_old_model_whole_or_none_and_a_whole_recipe(
+    pictures, run, tmp_path, monkeypatch
+):
+    final = tmp_path / "final"
+    model, processor = (kind.from_pretrained(run / "final") for kind in (MDMForMultiModalGeneration, MDMProcessor))
+    publish(model, processor, final, {})
+    files = sorted(path.name for path in final.rglob("*"))
+
+    rmtree = shutil.rmtree
+
+    def killed_at_a_model(folder, *given, **options):
+        if (Path(folder) / "model.safetensors").is_file():
+            (Path(folder) / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        rmtree(folder, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed_at_a_model)
+        with pytest.raises(KeyboardInterrupt):
+            publish(model, processor, final, {})
+    assert sorted(path.name for path in final.rglob("*")) == files
+    publish(model, processor, final, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    before, write_text = (again / "recipe.yaml").read_text(), Path.write_text
+
+    def half(path, text, **options):
+        write_text(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(pictures, again), resume=True)
+    assert (again / "recipe.yaml").read_text() == before
 
 
 def test_what_an_earlier_stage_made_does_not_pass_for_the_last_stages_model(pictures, tmp_path):

@@ -22,7 +22,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..allocator import keep_freed_memory
+from ..checkpoints import write_whole
 from ..configuration_mdm import MDMConfig
+from ..conversion.files import new_folder
 from ..generation_configuration_mdm import MDMGenerationConfig, sampling_options
 from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
@@ -140,7 +142,7 @@ def _prepare(recipe: dict, root: Path, names: list[str], resume: bool) -> None:
         make_sources(recipe["data"])
         make_sources(recipe.get("eval_data") or {})
     root.mkdir(parents=True, exist_ok=True)
-    kept.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    write_whole(kept, yaml.safe_dump(recipe, sort_keys=False))
     make_processor(recipe)
 
 
@@ -275,9 +277,7 @@ def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, targe
 def publish(model: MDMForMultiModalGeneration, processor: MDMProcessor, folder: Path, generation: dict) -> None:
     """Writes model, processor, scheduler, generation config and their code into one folder, all of it or nothing."""
     model.generation_config = MDMGenerationConfig(**generation)
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    MDMPipeline(model.eval(), processor, device=model.device).save_pretrained(unfinished)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with new_folder(folder, overwrite=True) as unfinished:
+        MDMPipeline(model.eval(), processor, device=model.device).save_pretrained(unfinished)
