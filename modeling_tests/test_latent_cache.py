@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from mdm_hf import MDMForMultiModalGeneration, MDMImageProcessorPil, MDMProcessor
 from mdm_hf.cli import main
 from mdm_hf.training.latent_cache import INDEX, UNFINISHED, LatentCache, pictures_in, write_latent_cache
+from mdm_hf.training.readers import RecordSource
+from mdm_hf.training.records import BadRow
 
 
 CARD = Path(__file__).parents[1] / "model_cards" / "mdm-digits"
@@ -127,6 +129,28 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_latents(saved,
     for resumed, at_once in zip(cache, LatentCache(written), strict=True):
         assert_close(resumed["latents"], at_once["latents"], atol=1e-6, rtol=1e-5)
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_latents_are_found_by_the_path_under_the_image_folder_and_not_by_a_name_that_others_share(
+    tmp_path, model, processor
+):
+    images, names = [picture(0), picture(1)], ["cats/001.jpg", "001.jpg"]
+    cache = write_latent_cache(images, model, processor.image_processor, tmp_path / "cache", names=names, **QUIET)
+    folder = tmp_path / "images"
+    paths = ["cats/001.jpg", "./001.jpg", str(folder / "cats" / "001.jpg"), {"path": str(folder / "001.jpg")}]
+    rows = [{"image": path, "label": 0} for path in [*paths, "dogs/001.jpg", "/elsewhere/001.jpg"]]
+    source = RecordSource(rows, "imagenet", image_folder=folder, latents=cache)
+
+    def latents(i):
+        return source.sample(i, "class_to_image", np.random.default_rng(0))["messages"][-1]["content"][0]["latents"]
+
+    for i, index in enumerate([0, 1, 0, 1]):
+        assert torch.equal(latents(i), cache[index]["latents"])
+    for i in (4, 5):
+        with pytest.raises(
+            BadRow, match="of which .*cache has no latents; need them .* under `image_folder`; run mdm"
+        ):
+            latents(i)
 
 
 def test_half_precision_takes_half_the_space(model, processor, tmp_path):

@@ -370,6 +370,12 @@ def test_a_recipe_with_a_pixel_autoencoder_trains_behind_it_and_leaves_it_as_it_
     assert all(part["latents"].shape == (4, 4, 8) for part in images)
     run_recipe(recipe(whole, tmp_path / "cached", *cached, f"processor={final}", "stages={diffusion: {max_steps: 1}}"))
 
+    AutoencoderKL(**channels, **blocks).save_pretrained(tmp_path / "other")
+    other = [f"model.pixel_autoencoder={{repo_id: {tmp_path / 'other'}}}", f"processor={final}", "stages.tokenizer="]
+    with pytest.raises(ValueError, match=r"Got the latent cache .*/y with autoencoder .*; need the same; use the mod"):
+        run_recipe(recipe(whole, tmp_path / "other-run", *other, f"data.pictures.latents={tmp_path / 'y'}"))
+    assert not list((tmp_path / "other-run").rglob("checkpoint-*"))
+
     wrong = [changes[0], "processor={image_size: [8, 16], patch_size: 2, downsampling: 2, num_channels: 3}"]
     with pytest.raises(ValueError, match="Got processor.patch_size 2 for an autoencoder with 2 pixels a latent"):
         run_recipe(recipe(pictures, tmp_path / "wrong", *wrong))

@@ -194,6 +194,13 @@ def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -
     return sources
 
 
+def check_latents(recipe: dict, model: MDMForMultiModalGeneration) -> None:
+    """Raises ValueError where a source's latents are not of the model's autoencoder."""
+    for source in (*recipe["data"].values(), *(recipe.get("eval_data") or {}).values()):
+        if source.get("latents"):
+            LatentCache(source["latents"], model)
+
+
 def text_splitter(processor: MDMProcessor) -> Callable[[str], list[str]]:
     """Cuts a text into blocks that fit the processor's canvas."""
 

@@ -228,11 +228,9 @@ class LatentCache(Sequence):
     def __len__(self) -> int:
         return self.record["count"]
 
-    def index_of(self, path: str) -> int | None:
-        """The index of the picture at `path`, whose end is its name in the cache; None if there is none."""
-        parts = Path(path).parts
-        names = (Path(*parts[i:]).as_posix() for i in range(len(parts)))
-        return next((self._index[name] for name in names if name in self._index), None)
+    def index_of(self, name: str) -> int | None:
+        """The index of the picture of that name, its path under the folder that was encoded; None if there is none."""
+        return self._index.get(name)
 
     def __getstate__(self) -> dict:  # open files do not go to the workers of a data loader
         return {name: value for name, value in vars(self).items() if name != "_open"}

@@ -46,10 +46,10 @@ class RecordSource:
         adapter: A name in `ADAPTERS`, or a function from a row to a [`Record`].
         tasks: Task -> weight; the adapter's own, `DEFAULT_TASKS`, if None.
         on_bad: "skip" counts, reports and replaces a bad row; "refuse" stops at it.
-        image_folder: Where relative image paths start.
+        image_folder: Where relative image paths start, and the names in `latents`.
         image_file: The image's path for rows without one, filled in from the row: "{image_id:012d}.jpg".
         condition_dropout, infill, split: See [`conversation_of`].
-        latents: A `LatentCache` whose latents take the place of the images, by their paths.
+        latents: A `LatentCache` whose latents take the place of the images, by their paths under `image_folder`.
         check: Called with the messages of each example; a ValueError makes the row bad. For the price of encoding
             twice, `processor.apply_chat_template` finds what training would stop at: texts too long, control tokens.
     """
@@ -181,12 +181,16 @@ class RecordSource:
     def _opened(self, image: Any) -> Any:
         if self.latents is None:
             return open_image(image, self.image_folder)
-        path = image.get("path") if isinstance(image, dict) else image
-        index = self.latents.index_of(path) if isinstance(path, str) else None
+        path, folder = (
+            image.get("path") if isinstance(image, dict) else image,
+            Path(self.image_folder or "").absolute(),
+        )
+        name = Path(os.path.relpath(folder / path, folder)).as_posix() if isinstance(path, str) else None
+        index = None if name is None else self.latents.index_of(name)
         if index is None:
             raise BadRow(
-                f"Got the image {path!r}, of which {self.latents.folder} has no latents; need them for every image; "
-                "run mdm cache-latents on the folder that the images are in.",
+                f"Got the image {path!r}, {name} from {folder}, of which {self.latents.folder} has no latents; need "
+                "them for every image, by its path under `image_folder`; run mdm cache-latents on that folder.",
                 "missing image",
             )
         return self.latents[index]
@@ -228,7 +232,7 @@ def read_source(
             `token`, `num_proc`, ...
         streaming: Read row by row, for [`StreamingMix`]; else as a table on disk, for [`ConversationMix`].
         adapter, tasks, on_bad, image_folder, image_file, condition_dropout, latents, check, infill: See
-            [`RecordSource`].
+            [`RecordSource`]. With `latents` alone, `image_folder` is `path` where that is a folder.
         split_text: Its `split`, which is the name of something else here.
 
     Returns:
@@ -238,6 +242,8 @@ def read_source(
         ValueError: there is no such data set, split or adapter, with what was got, what is needed, what to do.
     """
     path = os.fspath(path)
+    if latents is not None and image_folder is None and Path(path).is_dir():
+        image_folder = path
     try:
         if _is_saved(path):
             rows = _saved(path, split)

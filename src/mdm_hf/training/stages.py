@@ -30,6 +30,7 @@ from ..modeling_mdm import MDMForMultiModalGeneration
 from ..pipeline_mdm import MDMPipeline
 from ..processing_mdm import MDMProcessor
 from .assembly import (
+    check_latents,
     freeze,
     make_arguments,
     make_config,
@@ -83,6 +84,7 @@ def run_recipe(recipe: dict, resume: bool = False, draw: Drawer | None = None) -
             logger.warning(f"Stage {name} is finished: {target}.")
         else:
             model = make_model(recipe, processor, previous)
+            check_latents(recipe, model)
             _train(name, recipe, model, processor, folder, target, resume, draw)
         previous = target
     if "gate" in names:
@@ -265,6 +267,7 @@ def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, targe
         logger.warning(f"Stage gate is finished: {target}.")
         return
     model = MDMForMultiModalGeneration.from_pretrained(previous, dtype=torch.float32, modality_gate=True).eval()
+    check_latents(recipe, model)
     generation = recipe.get("generation") or sampling_options(model.generation_config)
     number = recipe["stages"]["gate"]["num_samples"]
     examples = islice(make_mix(recipe, "gate", number, GATE_BATCH, processor), number)  # a stream has no end
