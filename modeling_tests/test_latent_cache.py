@@ -222,6 +222,24 @@ def test_what_cannot_be_cached_is_refused(model, processor, tmp_path, change, me
     assert not any(tmp_path.iterdir())
 
 
+def test_a_picture_that_cannot_be_encoded_is_named_and_can_be_mended(model, processor, tmp_path):
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[:200])
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    given = {"names": ["0.png", "1.png"], **QUIET}
+    with pytest.raises(
+        ValueError, match=r"Got the picture 1\.png, which cannot be encoded: Got a corrupt image .*Then"
+    ):
+        write_latent_cache(paths, model, processor.image_processor, tmp_path / "cache", **given)
+    (tmp_path / "1.png").write_bytes(whole)
+    cache = write_latent_cache(paths, model, processor.image_processor, tmp_path / "cache", **given)
+    images = [picture(i) for i in range(2)]
+    expected = write_latent_cache(images, model, processor.image_processor, tmp_path / "expected", **QUIET)
+    assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(cache, expected, strict=True))
+
+
 def test_a_folder_without_a_cache_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"of which no {INDEX} can be read .*; need a folder that write_lat"):
         LatentCache(tmp_path)

@@ -22,6 +22,7 @@ from mdm_hf.cli import main
 from mdm_hf.training.assembly import make_arguments, make_eval_mix, make_mix, make_model, make_processor
 from mdm_hf.training.dry_run import dry_run
 from mdm_hf.training.recipe import load_recipe
+from mdm_hf.training.records import BadRow
 from mdm_hf.training.stages import publish, run_recipe
 from mdm_hf.training.trainer import ConversationCollator, MDMTrainer
 
@@ -327,6 +328,37 @@ def test_a_text_that_the_processor_refuses_is_a_bad_row(pictures, run, tmp_path)
     mix = make_mix(recipe(long, run), "diffusion", 64, 4, processor)
     [mix[i] for i in range(64)]
     assert mix.report()["pictures"]["refused"] > 0
+
+
+def test_a_picture_or_a_class_that_the_processor_refuses_is_a_bad_row(pictures, tmp_path):
+    Image.new("L", (40, 40)).save(tmp_path / "large.png")
+    Image.fromarray(np.full((8, 8), 1e6, dtype=np.float32)).save(tmp_path / "numbers.tiff")
+    Image.new("RGBA", (9, 8)).save(tmp_path / "odd.png")
+    good = pictures / "0.png"
+    refused = {
+        "need at most max_pixels = 1000": (tmp_path / "large.png", 1),
+        "pixels from 1e\\+06 to 1e\\+06, where 0 to 255": (tmp_path / "numbers.tiff", 1),
+        "Image width 9 is not a multiple of patch_size 2": (tmp_path / "odd.png", 1),
+        "Got class 12; need a whole number of at least 0 and at most 9": (good, 12),
+    }
+    rows = [*refused.values(), (good, 9)]
+    lines = [json.dumps({"image": str(image), "label": label}) for image, label in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    card = ROOT / "model_cards" / "mdm-digits"
+    changes = [
+        "stages={diffusion: {max_steps: 1}}",
+        f"processor={{from: {card}, do_resize: false, max_pixels: 1000}}",
+        f"data={{rows: {{path: {tmp_path / 'rows.jsonl'}, adapter: imagenet, condition_dropout: 0}}}}",
+    ]
+    spec = load_recipe(FOLDER_RECIPE, [*changes, f"output_dir={tmp_path / 'run'}"])
+    processor = make_processor(spec)
+    mix = make_mix(spec, "diffusion", 8, 8, processor)
+    for i, message in enumerate(refused):
+        with pytest.raises(BadRow, match=message) as caught:
+            mix.sources["rows"].sample(i, "class_to_image", np.random.default_rng(0))
+        assert caught.value.kind == "refused"
+    assert len(ConversationCollator(processor)([mix[i] for i in range(8)])["input_ids"]) == 8
+    assert set(mix.report()["rows"]) == {"refused"}
 
 
 def test_a_stream_of_the_same_folder_trains_too(pictures, tmp_path):

@@ -186,7 +186,7 @@ def make_sources(data: dict[str, dict], processor: MDMProcessor | None = None) -
             sources[name] = DigitsSource(**({"split": "train"} | options))
         else:
             if processor is not None:
-                options["check"] = text_check(processor)
+                options["check"] = row_check(processor)
                 options["split_text"] = text_splitter(processor)
                 if options.get("latents"):
                     options["latents"] = LatentCache(options["latents"], image_processor=processor.image_processor)
@@ -211,9 +211,9 @@ def text_splitter(processor: MDMProcessor) -> Callable[[str], list[str]]:
     return partial(split_text, size=processor.max_new_tokens, count=count)
 
 
-def text_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:
-    """Raises ValueError for messages whose texts the processor refuses: too long, or with control tokens."""
-    side, tokenizer = processor.patch_size, processor.tokenizer
+def row_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:
+    """Raises ValueError for messages that the processor refuses: texts, pictures, which are open here, and classes."""
+    side, tokenizer, images = processor.patch_size, processor.tokenizer, processor.image_processor
     blank, special = Image.new("RGB", (side, side)), frozenset(tokenizer.all_special_ids)
 
     @lru_cache(maxsize=2**16)
@@ -222,9 +222,20 @@ def text_check(processor: MDMProcessor) -> Callable[[list[dict]], None]:
         limit = processor.max_new_tokens if is_target else tokenizer.model_max_length
         return len(ids) <= limit and special.isdisjoint(ids)
 
+    def is_taken(part: dict, is_target: bool) -> bool:
+        if part["type"] == "text":
+            return fits(part["text"], is_target)
+        if part["type"] == "class":
+            return processor.num_classes is None or part["class"] < processor.num_classes
+        if "image" in part:  # and no latents
+            height, width = images.process_image(part["image"]).shape[1:]
+            if not images.do_resize:
+                images.grid_of(height, width)
+        return True
+
     def check(messages: list[dict]) -> None:
         parts = [(part, message is messages[-1]) for message in messages for part in message["content"]]
-        if not all(fits(part["text"], is_last) for part, is_last in parts if part["type"] == "text"):
+        if not all(is_taken(*part) for part in parts):  # the processor says why
             processor.apply_chat_template(with_images({"messages": messages}, lambda image: blank)["messages"])
 
     return check

@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -132,7 +133,8 @@ def write_latent_cache(
         The cache, opened.
 
     Raises:
-        ValueError: the folder holds a cache of other images, or made by another autoencoder or image processor.
+        ValueError: the folder holds a cache of other images, or made by another autoencoder or image processor; or an
+            image, which is named, is one that the image processor refuses.
     """
     if count is None and not hasattr(images, "__len__"):
         raise ValueError("Got `images` without a length; need `count`, the number of images, beside a function.")
@@ -162,7 +164,8 @@ def write_latent_cache(
             if not (folder / _shard_name(shard)).exists():
                 latents: list[Tensor] = []
                 for start in index[::batch_size]:
-                    batch = [read(i) for i in range(start, min(start + batch_size, index.stop))]
+                    numbers = range(start, min(start + batch_size, index.stop))
+                    batch = [_taken(read(i), i if names is None else names[i], image_processor) for i in numbers]
                     latents += _encode(batch, model, image_processor)
                     bar.update(len(batch))
                 save_file({str(i): z.to(dtype) for i, z in zip(index, latents, strict=True)}, aside)
@@ -170,6 +173,17 @@ def write_latent_cache(
             else:
                 bar.update(len(index))
     return LatentCache(folder)
+
+
+def _taken(image: Any, name: str | int, image_processor: MDMImageProcessorPil) -> np.ndarray:
+    """The pixels (c, h, w) of an image, opened if need be."""
+    try:
+        return image_processor.process_image(image_processor.fetch_images(image))
+    except ValueError as error:
+        raise ValueError(
+            f"Got the picture {name}, which cannot be encoded: {error} Then call again, which goes on from there; to "
+            "leave the picture out, take another output folder as well."
+        ) from error
 
 
 def _encode(batch: list, model: MDMForMultiModalGeneration, image_processor: MDMImageProcessorPil) -> list[Tensor]:

@@ -32,10 +32,16 @@ STAGES = ("tokenizer", "vae", "diffusion", "instruct", "gate")
 TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
 MODEL = ("preset", "from", "vae_from", "config", "pixel_autoencoder")
 PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
+    "max_pixels",
     "max_new_tokens",
     "num_classes",
 )
-LOADED_PROCESSOR = ("from", "do_resize", "aspect_ratio_buckets")  # what a recipe may say of one that is there
+LOADED_PROCESSOR = (
+    "from",
+    "do_resize",
+    "aspect_ratio_buckets",
+    "max_pixels",
+)  # of one that is there
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts") + (
     "mixed_batches",
@@ -171,15 +177,13 @@ def builds_processor(recipe: dict) -> bool:
 def _check_processor(spec: dict | str) -> None:
     if isinstance(spec, str):
         return
-    if "from" in spec:
-        _known("processor", spec, LOADED_PROCESSOR)
-        return
-    _known("processor", spec, PROCESSOR)
+    is_loaded = "from" in spec
+    _known("processor", spec, LOADED_PROCESSOR if is_loaded else PROCESSOR)
     size = spec.get("image_size", [1, 1])
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ValueError(f"Got processor.image_size {size!r}; need [height, width] in pixels.")
-    for name in ("patch_size", "num_channels", "downsampling", "max_new_tokens"):
-        if name in spec or name == "patch_size":
+    for name in ("patch_size", "num_channels", "downsampling", "max_pixels", "max_new_tokens"):
+        if name in spec or (name == "patch_size" and not is_loaded):
             _typed(f"processor.{name}", spec.get(name), int, "a whole number of at least 1", least=1)
 
 
