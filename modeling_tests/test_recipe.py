@@ -112,13 +112,33 @@ def test_a_stage_draws_from_all_sources_or_from_those_it_names(tmp_path):
         ("stages.diffusion.task_starts.image_and_text=5", "image_and_text 5; need a share of the run, from 0 to 1"),
         ("stages.diffusion.task_starts.image_and_words=0", "did you mean 'image_and_text'?"),
         ("stages.diffusion.data=digits", "need a list of the names of sources"),
+        ("eval_data=[a]", "Got eval_data ['a']; need keys under it; name at least one source"),
+        ("processor=3", "Got processor 3; need a name or keys under it; name a folder, or say how to build one"),
+        ("model={preset: [mdm-base]}", "Got model.preset ['mdm-base']; need a name"),
+        ("model.vae_from=3", "Got model.vae_from 3; need a name"),
+        ("model.pixel_autoencoder=org/vae", "Got model.pixel_autoencoder 'org/vae'; need {repo_id: ...}"),
+        ("model.pixel_autoencoder={repo: org/vae}", "did you mean 'repo_id'?"),
+        ("model.pixel_autoencoder={revision: main}", "Got model.pixel_autoencoder without 'repo_id'; need it; name"),
+        (
+            "model={from: runs/y, pixel_autoencoder: {repo_id: org/vae}}",
+            "Got model.pixel_autoencoder beside 'from', which has one or was made without; need one of the two; take",
+        ),
+        (
+            "stages.diffusion.shuffle_buffer=10",
+            "Got stages.diffusion.shuffle_buffer for tables, which are shuffled whole; need streams; leave it out",
+        ),
+        (
+            "data={words: {path: a.jsonl, streaming: true}}",
+            "Got stages.diffusion.length_groups for streams, which come as they are; need tables; leave it out",
+        ),
         ("stages.gate.num_samples=9", "Got stages.gate.num_samples 9; need a whole number of at least 10"),
         ("stages.diffusion.data=[]", "Got stages.diffusion.data with nothing"),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused_with_what_to_do(tmp_path, change, message):
+    grouped = ["stages.diffusion.length_groups=4"] if "streaming" in change else []
     with pytest.raises(ValueError, match="^Got ") as error:
-        load_recipe(written(tmp_path, SMALL), [change])
+        load_recipe(written(tmp_path, SMALL), [*grouped, change])
     assert message in str(error.value)
 
 

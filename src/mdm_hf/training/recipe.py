@@ -31,6 +31,7 @@ from .records import TASKS
 STAGES = ("tokenizer", "vae", "diffusion", "instruct", "gate")
 TOP = ("output_dir", "seed", "model", "processor", "data", "eval_data", "eval_samples", "stages", "generation")
 MODEL = ("preset", "from", "vae_from", "config", "pixel_autoencoder")
+AUTOENCODER = ("repo_id", "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect_ratio_buckets") + (
     "max_pixels",
     "max_new_tokens",
@@ -133,14 +134,27 @@ def check_recipe(recipe: dict) -> None:
     _typed("output_dir", recipe["output_dir"], str, "a folder's name")
     _typed("eval_samples", recipe.get("eval_samples", 1), int, "a whole number of at least 1", least=1)
     _typed("generation", recipe.get("generation") or {}, dict, "keys under it")
+    _typed("eval_data", recipe.get("eval_data") or {}, dict, f"keys under it; {MISSING['data']}")
+    _typed("processor", recipe["processor"], (str, dict), f"a name or keys under it; {MISSING['processor']}")
     model, stages = recipe["model"], recipe["stages"]
     _known("model", model, MODEL)
     if ("preset" in model) == ("from" in model):
         raise ValueError(
             "Got a model with both or neither of 'preset' and 'from'; need one: a size to start afresh, or a folder."
         )
+    for key in {"preset", "from", "vae_from"} & set(model):
+        _typed(f"model.{key}", model[key], str, "a name")
     if "vae_from" in model and "from" in model:
         raise ValueError("Got model.vae_from beside 'from', which has a VAE; need one of the two; take one away.")
+    autoencoder = _typed("model.pixel_autoencoder", model.get("pixel_autoencoder") or {}, dict, "{repo_id: ...}")
+    _known("model.pixel_autoencoder", autoencoder, AUTOENCODER)
+    if autoencoder and "from" in model:
+        raise ValueError(
+            "Got model.pixel_autoencoder beside 'from', which has one or was made without; need one of the two; take "
+            "one away, or build a model with it by mdm convert and start from that."
+        )
+    if autoencoder and "repo_id" not in autoencoder:
+        raise ValueError("Got model.pixel_autoencoder without 'repo_id'; need it; name a folder or a Hub repository.")
     config = _typed("model.config", model.get("config") or {}, dict, "keys under it")
     _known("model.config", config, list(MDMConfig.__dataclass_fields__))
     vae_config = _typed("model.config.vae_config", config.get("vae_config", {}), dict, "keys under it")
@@ -222,6 +236,13 @@ def _check_stage(name: str, stage: Any, data: dict) -> None:
     if unknown := sorted(set(names) - set(data)) or not names:
         got = "nothing" if unknown is True else ", ".join(unknown)
         raise ValueError(f"Got {where}.data with {got}; the recipe has {', '.join(data)}.")
+    are_streams = {bool(data[source].get("streaming")) for source in names}
+    if stage.get("length_groups", 1) > 1 and True in are_streams:
+        raise ValueError(f"Got {where}.length_groups for streams, which come as they are; need tables; leave it out.")
+    if "shuffle_buffer" in stage and False in are_streams:
+        raise ValueError(
+            f"Got {where}.shuffle_buffer for tables, which are shuffled whole; need streams; leave it out."
+        )
 
 
 def _typed(where: str, value: Any, kinds, words: str, least: int | None = None) -> Any:
