@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from benchmarks.kill_and_resume import kill_and_resume
 from mdm_hf import MDMPipeline
+from mdm_hf.modeling_mdm import LOSS_PARTS, MDMOutput
+from mdm_hf.training.measures import LossMeter
 from mdm_hf.training.recipe import load_recipe
 from mdm_hf.training.stages import run_recipe
 from mdm_hf.training.trainer import EMA_FILE, UNFINISHED
@@ -82,6 +84,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, mo
     with pytest.raises(FloatingPointError, match="loss of inf in step 3, .*last whole checkpoint is .*checkpoint-2"):
         train(tmp_path, max_steps=4, save_steps=2, resume=True)
     assert [path.name for path in (tmp_path / "diffusion").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_losses_are_summed_on_the_cpu_for_not_every_device_has_float64():
+    class OnDevice:
+        def __init__(self, tensor):
+            self.cpu = lambda: tensor
+
+    meter = LossMeter()
+    rows = torch.zeros(2, len(LOSS_PARTS))
+    rows[:, 0] = torch.tensor([1.0, 2.0])
+    meter.add(MDMOutput(row_losses=OnDevice(rows), timesteps=OnDevice(torch.full((2, 2), 0.5))))
+    assert meter.means(lambda sums: sums)[LOSS_PARTS[0]] == 1.5
 
 
 def test_resuming_without_the_average_says_so(tmp_path):

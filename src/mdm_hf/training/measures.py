@@ -25,8 +25,8 @@ class LossMeter:
         self._sums: Tensor | None = None  # (2, parts, 1 + BUCKETS): sums and counts
 
     def add(self, outputs: MDMOutput) -> None:
-        rows, t = outputs.row_losses.double(), outputs.timesteps
-        kinds = torch.ones(*rows.shape, 1 + BUCKETS, dtype=torch.float64, device=rows.device)
+        rows, t = outputs.row_losses.cpu().double(), outputs.timesteps.cpu()  # float64, which MPS has not
+        kinds = torch.ones(*rows.shape, 1 + BUCKETS, dtype=torch.float64)
         for i, name in enumerate(LOSS_PARTS):
             if name not in OF_MODALITY:
                 kinds[:, i, 1:] = 0

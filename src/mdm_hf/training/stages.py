@@ -173,6 +173,12 @@ def check_arguments(name: str, arguments: TrainingArguments, optim: str | None) 
         get_reporting_integration_callbacks(arguments.report_to)
     except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"Got stages.{name}.report_to {arguments.report_to}: {error}") from error
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"Got stages.{name} with {arguments.n_gpu} GPUs for one process, which would cut a batch's images apart "
+            "from their rows; need a process for each; start with torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m mdm_hf.cli train ..., or set CUDA_VISIBLE_DEVICES=0."
+        )
     if arguments.fsdp and arguments.world_size == 1:
         raise ValueError(
             f"Got stages.{name}.fsdp on one process; need several to shard over; start with torchrun "

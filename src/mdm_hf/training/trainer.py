@@ -277,7 +277,7 @@ class MDMTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor.to(self.args.device), "sum")
+        return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")
 
     def whole_model(self):
         """The model as one process holds it, on every process; of a model under FSDP2 a copy on the CPU."""
