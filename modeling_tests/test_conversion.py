@@ -961,6 +961,22 @@ def test_another_dtype_is_refused_where_weights_are_missing_or_too_large_for_it(
     convert(folder, tmp_path / "half", dtype="bfloat16")
 
 
+def test_the_state_of_a_trainer_comes_along_with_its_weights_and_is_left_out_by_name_in_another_dtype(
+    folder, tmp_path, capsys
+) -> None:
+    state, stale = ("optimizer.pt", "rng_state.pth", "training_args.bin", "ema.safetensors"), "pytorch_model.bin"
+    for name in (*state, stale):
+        (folder / name).write_bytes(b"as it was")
+    assert main(["convert", str(folder), "--to", str(tmp_path / "shards"), "--max-shard-size", "20KB"]) == 0
+    assert all((tmp_path / "shards" / name).read_bytes() == b"as it was" for name in state)
+    capsys.readouterr()
+    assert main(["convert", str(folder), "--to", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert f"left out {', '.join(sorted(state))}, which are of the other weights" in capsys.readouterr().out
+    for made in ("shards", "half"):
+        assert not (tmp_path / made / stale).exists()
+    assert not any((tmp_path / "half" / name).exists() for name in state)
+
+
 def test_the_state_of_a_training_comes_along_to_another_dtype(model, tmp_path) -> None:
     loop_checkpoint(model, tmp_path / "step.pt")
     convert(tmp_path / "step.pt", tmp_path / "ours")

@@ -32,7 +32,7 @@ from ..publishing.card import is_of_weights
 from .files import PICKLES, check_apart, check_shard_size, new_file, new_folder, read_pickle
 from .mamba2 import read_mamba2, start_from_mamba2, to_mamba2
 from .sentencepiece_model import from_sentencepiece, to_sentencepiece
-from .training_checkpoint import EMA, STATE, WRAPPERS, assembled, from_training, read_model, to_training
+from .training_checkpoint import STATE, WRAPPERS, assembled, from_training, read_model, to_training
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ELSEWHERE = (".json", ".yaml", ".txt", ".gguf", ".onnx", ".h5", ".npz", ".zip", ".tar", ".gz")  # of files, no folders
 WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
+OLD_WEIGHTS = r"(pytorch_)?model([.-].*)?\.(safetensors|bin)(\.index\.json)?|__pycache__|\..*"  # and what nobody reads
 
 
 def convert(
@@ -289,12 +290,10 @@ def _rewrite(source: Path, target: Path, dtype: str | None, max_shard_size: str,
     with new_folder(target, overwrite) as folder:
         saved.save_pretrained(folder, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            is_weights = (path.name.endswith(WEIGHTS) and path.name not in (STATE, EMA)) or re.fullmatch(
-                r"__pycache__|\..*", path.name
-            )
-            if is_weights or (folder / path.name).exists():
+            if re.fullmatch(OLD_WEIGHTS, path.name) or (folder / path.name).exists():
                 continue
-            if is_other and (is_of_weights(path) or path.name == EMA):
+            is_state = path.name.endswith(WEIGHTS) and path.name != STATE  # of a run that trained the old ones
+            if is_other and (is_of_weights(path) or is_state):
                 left.append(path.name)
             elif path.is_dir():
                 shutil.copytree(path, folder / path.name)
