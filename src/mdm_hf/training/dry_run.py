@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..configuration_mdm import MDM_PRESETS, MDMConfig, MDMVAEConfig
 from ..processing_mdm import MDMProcessor
 from .assembly import IMAGE_SIZE, freeze, make_arguments, make_config, make_mix, make_processor
-from .memory import TrainingEstimate, estimate_training, largest_batch
+from .memory import TrainingEstimate, estimate_training, images_name, largest_batch
 from .pictures import LOOK_AT, some_examples
 from .recipe import OF_FITTED, STAGES, builds_processor, stage_options
 from .trainer import ConversationCollator
@@ -77,13 +77,26 @@ def _config_for_dry_run(recipe: dict, processor: MDMProcessor | None) -> MDMConf
         return config
 
 
+def _as_the_vae_sees(
+    config: MDMConfig, processor: MDMProcessor, collate: Callable[[list[dict]], dict], examples: list[dict]
+) -> dict:
+    """The batch of `examples` with pictures made up, of as many patches, behind the autoencoder: none is loaded."""
+    batch = collate(examples)
+    if "pixel_values" in batch:
+        n, _, *sides = batch.pop("pixel_values").shape
+        vae = config.vae_config
+        sides = [side // processor.patch_size * vae.patch_size for side in sides]
+        batch[images_name(config)] = torch.rand(n, vae.num_channels, *sides) * 2 - 1
+    return batch
+
+
 def _rows_for_dry_run(
     recipe: dict, name: str, config: MDMConfig, processor: MDMProcessor | None, rows: int
 ) -> tuple[Callable[[int], dict], str]:
     if processor is not None:
         try:
             mix = make_mix(recipe, name, rows * LOOK_AT, rows, processor)
-            collate = ConversationCollator(processor)
+            collate = partial(_as_the_vae_sees, config, processor, ConversationCollator(processor))
             longest = max(some_examples(mix), key=lambda example: collate([example])["input_ids"].shape[1])
             length = collate([longest])["input_ids"].shape[1]
             return (lambda n: collate([longest] * n)), f"the longest of {LOOK_AT} of the data, {length} positions"
