@@ -70,6 +70,7 @@ zeros = {name: torch.zeros_like(weight) for name, weight in pipe.model.state_dic
 other = {"state_dict": zeros, "variant": "ema", "tags": ["averaged"], "revision": "ema", "private": True}
 (Path(sys.argv[2]) / "ema").mkdir()
 (Path(sys.argv[2]) / "ema" / "README.md").write_text("Mine.")
+(Path(sys.argv[2]) / "ema" / "optimizer.pt").write_text("not to be shared")
 pipe.model.save_pretrained(sys.argv[2] + "/ema", push_to_hub=True, repo_id="org/ema", **other)
 seen["ddim"] = call(pipe)
 pipe.scheduler.push_to_hub("org/solver")
@@ -270,7 +271,7 @@ def test_what_is_pushed_is_one_repository_with_everything_in_it(hub, pusher):
     assert len(files(hub, "adapter")["adapter_model.safetensors"]) < 0.05 * len(pushed["model.safetensors"])
 
 
-def test_saving_with_push_to_hub_pushes_the_whole_folder_in_one_commit(hub, pusher):
+def test_saving_with_push_to_hub_pushes_all_that_it_wrote_in_one_commit(hub, pusher):
     told = {name for name in files(hub, "mdm-digits") if name.endswith((".png", ".md", "scores.json"))}
     assert set(files(hub, "saved")) - {"README.md"} == set(files(hub, "mdm-digits")) - told
     assert b"custom_pipelines" in files(hub, "saved")["config.json"]
@@ -285,6 +286,7 @@ def test_saving_with_push_to_hub_pushes_what_was_saved_and_not_the_model_as_it_i
     assert repository.is_private
     assert "model.safetensors" not in pushed
     assert not any(weight.any() for weight in safetensors.torch.load(pushed["model.ema.safetensors"]).values())
+    assert "optimizer.pt" not in pushed
     assert pushed["README.md"].endswith(b"Mine.")
     assert b"averaged" in pushed["README.md"]
 

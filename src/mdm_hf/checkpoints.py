@@ -101,7 +101,7 @@ class MDMCheckpointMixin:
 
         Args:
             save_directory: The folder.
-            push_to_hub: Whether the folder is then uploaded, whole, in one commit.
+            push_to_hub: Whether what was written is then uploaded, and the folder's README.md, in one commit.
             kwargs: As there; of the upload `repo_id`, `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `commit_description`, `tags`.
         """
@@ -142,16 +142,25 @@ HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "revi
 
 
 def hub_options(save_directory: Any, kwargs: dict) -> dict:
-    """The arguments of `push_folder` among those of `save_pretrained`, taken out of them; the repository is named like
-    the folder if by nothing else."""
+    """The arguments of `push_folder`: those among `save_pretrained`'s, taken out of them, and what is in the folder
+    before it saves. The repository is named like the folder if by nothing else."""
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-    return {"repo_id": kwargs.pop("repo_id", Path(save_directory).name)} | hub
+    before = _written(Path(save_directory))
+    return {"repo_id": kwargs.pop("repo_id", Path(save_directory).name), "before": before} | hub
+
+
+def _written(folder: Path) -> dict[str, int]:
+    """When the files in a folder and below were last written, but for hidden ones."""
+    places = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
+    shown = {path: place for path, place in places.items() if not any(part.startswith(".") for part in place.parts)}
+    return {place.as_posix(): path.stat().st_mtime_ns for path, place in shown.items()}
 
 
 def push_folder(
     folder: Any,
     usual_message: str,
     repo_id: str,
+    before: dict[str, int],
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
@@ -159,20 +168,18 @@ def push_folder(
     commit_message: str | None = None,
     **commit: Any,
 ) -> None:
-    """Uploads a folder in one commit, without what is hidden, to a repository that is made if it is not there.
+    """Uploads what was written into a folder since `before`, in one commit, to a repository that is made if need be.
 
-    A folder without README.md, or one that `tags` are for, gets the card there that `push_to_hub` would make.
+    The folder's README.md goes with it; without one, or with `tags`, the repository gets the card that `push_to_hub`
+    would make.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr") and not commit.get("create_pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    folder = Path(folder)
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    folder, now = Path(folder), _written(Path(folder))
     files: dict[str, Path | bytes] = {
-        place.as_posix(): path
-        for place, path in paths.items()
-        if not any(part.startswith(".") for part in place.parts)
+        name: folder / name for name, time in now.items() if name == CARD or before.get(name) != time
     }
     if tags or CARD not in files:
         own = str(folder / CARD) if CARD in files else repo_id

@@ -113,7 +113,7 @@ class MDMPipeline(Pipeline):
 
         Args:
             save_directory: The folder.
-            push_to_hub: Whether the folder is then uploaded, whole, in one commit.
+            push_to_hub: Whether what was written is then uploaded, and the folder's README.md, in one commit.
             kwargs: As of the model's own `save_pretrained`; of the upload `repo_id`, `private`, `token`, `revision`,
                 `create_pr`, `commit_message`, `commit_description`, `tags`.
         """
