@@ -47,7 +47,7 @@ class Denoiser:
         self.selects = any(self.tolerances[name] is not None and bool(targets[name].any()) for name in targets)
         self.before: Tensor | None = None  # the last prediction, and the logits of the last one's text
         self.logits: Tensor | None = None
-        self.codebook = model.model.vae.codebook() if bool(targets["text"].any()) else None
+        self.codebook = model.model.vae.codebook(conditions.device) if bool(targets["text"].any()) else None
         self.said = torch.full_like(layout.input_ids, -1)  # tokens of frozen text
 
         both, class_pair, latents = layout, class_ids, conditions

@@ -150,12 +150,13 @@ class MDMVAEModel(MDMCheckpointMixin, PreTrainedModel):
         """(..., latent_size) -> logits (..., vocab_size)."""
         return self.token_head(self.decoder(latents))
 
-    def codebook(self) -> Tensor:
+    def codebook(self, device: torch.device | str) -> Tensor:
         """mu(y) of every token y, in float32: (vocab_size, latent_size).
 
-        softmax(logits) @ codebook is the mean of z_0 under the predicted tokens.
+        softmax(logits) @ codebook is the mean of z_0 under the predicted tokens. Offloaded weights are on no device:
+        `device` is where they compute.
         """
-        everything = torch.arange(self.config.vocab_size, device=self.token_embedding.weight.device)
+        everything = torch.arange(self.config.vocab_size, device=device)
         return self.encode_tokens(everything).mean.float()
 
     @can_return_tuple

@@ -165,7 +165,7 @@ class _Scorer:
         index, is_real = positions(layout.in_target_group & ~layout.is_padding)
         self.layout = layout.select(index, is_real)
         self.plan = plan_scans(config, self.layout, self.has_image)
-        self.codebook = model.model.vae.codebook()
+        self.codebook = model.model.vae.codebook(index.device)
         self.mean = pick(posterior.mean.float(), index)
         is_text = self.layout.is_text.unsqueeze(-1)
         self.mean = torch.where(is_text, self.codebook[self.layout.input_ids], self.mean)  # exactly an entry of it
