@@ -181,10 +181,8 @@ class RecordSource:
     def _opened(self, image: Any) -> Any:
         if self.latents is None:
             return open_image(image, self.image_folder)
-        path, folder = (
-            image.get("path") if isinstance(image, dict) else image,
-            Path(self.image_folder or "").absolute(),
-        )
+        folder = Path(self.image_folder or "").absolute()
+        path = image.get("path") if isinstance(image, dict) else image
         name = Path(os.path.relpath(folder / path, folder)).as_posix() if isinstance(path, str) else None
         index = None if name is None else self.latents.index_of(name)
         if index is None:

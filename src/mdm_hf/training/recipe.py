@@ -37,12 +37,8 @@ PROCESSOR = ("image_size", "patch_size", "num_channels", "downsampling", "aspect
     "max_new_tokens",
     "num_classes",
 )
-LOADED_PROCESSOR = (
-    "from",
-    "do_resize",
-    "aspect_ratio_buckets",
-    "max_pixels",
-)  # of one that is there
+# What a recipe may say of a processor that is there.
+LOADED_PROCESSOR = ("from", "do_resize", "aspect_ratio_buckets", "max_pixels")
 OF_FITTED = {"tokenizer": ("vocab_size", "max_texts"), "gate": ("num_samples", "data")}  # keys of these stages
 OF_STAGE = ("data", "ema_decay", "sample_every", "freeze", "task_starts") + (
     "mixed_batches",

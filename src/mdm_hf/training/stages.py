@@ -276,7 +276,7 @@ def _fit_gate(recipe: dict, processor: MDMProcessor, previous: str | Path, targe
     check_latents(recipe, model)
     generation = recipe.get("generation") or sampling_options(model.generation_config)
     number = recipe["stages"]["gate"]["num_samples"]
-    examples = islice(make_mix(recipe, "gate", number, GATE_BATCH, processor), number)  # a stream has no end
+    examples = islice(iter(make_mix(recipe, "gate", number, GATE_BATCH, processor)), number)  # a stream has no end
     batches = map(ConversationCollator(processor), iter(lambda: list(islice(examples, GATE_BATCH)), []))
     right = fit_gate(model, logging.tqdm(batches, desc="Reading conversations", total=-(-number // GATE_BATCH)))
     print(f"The gate decides {right:.1%} of {number // HELD_OUT} held-out conversations right.")
