@@ -1,8 +1,10 @@
 """A run of the Trainer as one process or as one of several, started by test_distributed_training.py.
 
-    torchrun --standalone --nproc_per_node N distributed_training.py CHECKPOINT FOLDER WAY STEPS [resume]
+    torchrun --standalone --nproc_per_node N distributed_training.py CHECKPOINT FOLDER WAY STEPS [resume] [apart]
 
-WAY is "ddp" or "fsdp2"; a batch is eight rows whatever N is. Writes FOLDER/log.json, the weights as FOLDER/final.
+WAY is "ddp" or "fsdp2"; a batch is eight rows whatever N is: of all kinds, or, "apart" and with activations computed
+again, four without text and four without images, each for one of two processes. Writes FOLDER/log.json and
+FOLDER/averaged.safetensors.
 """
 
 import json
@@ -33,7 +35,14 @@ class MixedRows(torch.utils.data.Dataset):
         return KINDS[i % len(KINDS)]
 
 
-def main(checkpoint: str, folder: str, way: str, steps: str, *resume: str):
+class RowsApart(MixedRows):
+    """Four images, four texts, and so on."""
+
+    def __getitem__(self, i):
+        return "text" if i // (ROWS // 2) % 2 else "class_to_image"
+
+
+def main(checkpoint: str, folder: str, way: str, steps: str, *options: str):
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     model = MDMForMultiModalGeneration.from_pretrained(checkpoint)
@@ -52,6 +61,7 @@ def main(checkpoint: str, folder: str, way: str, steps: str, *resume: str):
         use_cpu=True,
         ddp_backend="gloo",
         fsdp=way == "fsdp2",
+        gradient_checkpointing="apart" in options,
         disable_tqdm=True,
         report_to=[],
     )
@@ -59,12 +69,12 @@ def main(checkpoint: str, folder: str, way: str, steps: str, *resume: str):
     trainer = MDMTrainer(
         model,
         arguments,
-        train_dataset=MixedRows(),
+        train_dataset=RowsApart() if "apart" in options else MixedRows(),
         eval_dataset=torch.utils.data.Subset(MixedRows(), range(16)),
         data_collator=lambda kinds: batch(kinds, is_training=True),
         callbacks=[ema],
     )
-    trainer.train(resume_from_checkpoint=bool(resume))
+    trainer.train(resume_from_checkpoint="resume" in options)
     trainer.evaluate()
     ema.swap_in(trainer.model)
     averaged = {name: unsharded(p.detach()).contiguous() for name, p in trainer.model.named_parameters()}

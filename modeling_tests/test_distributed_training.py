@@ -18,10 +18,10 @@ FOLDER = Path(__file__).parent
 STEPS = 20
 
 
-def run(root: Path, way: str, processes: int, *resume: str) -> Path:
-    folder = root / f"{way}-{processes}"
+def run(root: Path, way: str, processes: int, *options: str) -> Path:
+    folder = root / f"{way}-{processes}{'-apart' if 'apart' in options else ''}"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    script = [str(FOLDER / "distributed_training.py"), str(root / "model"), str(folder), way, str(STEPS), *resume]
+    script = [str(FOLDER / "distributed_training.py"), str(root / "model"), str(folder), way, str(STEPS), *options]
     paths = os.pathsep.join((str(FOLDER), str(FOLDER.parent / "src")))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(launch + script, env=environment, capture_output=True, text=True, timeout=400, check=False)
@@ -48,19 +48,28 @@ def assert_equal_weights(folder: Path, other: Path, atol: float):
         assert max(float((got[key] - value).abs().max()) for key, value in expected.items()) <= atol, name
 
 
+def assert_equal_runs(folder: Path, other: Path):
+    expected, got = log(folder), log(other)
+    assert len([entry for entry in got if "loss" in entry]) == STEPS
+    assert expected[0]["loss"] > 2 * expected[STEPS - 1]["loss"]
+    for entry, of_other in zip(expected, got, strict=True):
+        for name in [name for name in entry if "loss" in name or name == "grad_norm"]:
+            rel = 1e-5 if name == "grad_norm" else 0
+            assert of_other[name] == pytest.approx(entry[name], rel=rel, abs=1.5e-5), name  # logged to 5 places
+    assert_equal_weights(folder, other, atol=5e-6)
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_follow_the_loss_curve_of_one_for_twenty_steps(root, way):
     """Rows of five kinds and three lengths, with random timesteps and noise: all that is drawn belongs to the row."""
-    expected, got = log(root / "ddp-1"), log(run(root, way, 2))
-    assert len([entry for entry in got if "loss" in entry]) == STEPS
-    assert expected[0]["loss"] > 2 * expected[STEPS - 1]["loss"]
-    for entry, other in zip(expected, got, strict=True):
-        for name in [name for name in entry if "loss" in name or name == "grad_norm"]:
-            assert other[name] == pytest.approx(entry[name], rel=0, abs=1.5e-5), (
-                name
-            )  # the parts are logged to 5 places
-    assert_equal_weights(root / "ddp-1", root / f"{way}-2", atol=5e-6)
+    assert_equal_runs(root / "ddp-1", run(root, way, 2))
     MDMForMultiModalGeneration.from_pretrained(root / f"{way}-2" / f"checkpoint-{STEPS}")
+
+
+def test_processes_that_see_images_alone_and_texts_alone_follow_the_one_that_sees_both(root):
+    whole = run(root, "ddp", 1, "apart")
+    for way in ("ddp", "fsdp2"):
+        assert_equal_runs(whole, run(root, way, 2, "apart"))
 
 
 def test_a_sharded_run_resumes_to_the_same_weights_bit_for_bit(root):
