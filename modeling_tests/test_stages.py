@@ -274,16 +274,33 @@ def test_data_without_texts_says_what_its_first_row_lacks(pictures, tmp_path):
         run_recipe(recipe(bare, tmp_path / "run"))
 
 
-def test_two_processes_of_the_command_line_build_one_tokenizer_and_one_model(pictures, tmp_path):
-    changes = [*TINY, f"data.pictures.path={pictures}", f"output_dir={tmp_path / 'run'}"]
+def in_two_processes(pictures, output_dir, *changes) -> subprocess.CompletedProcess:
+    """`mdm train` with the recipe of a folder."""
+    changes = (*TINY, f"data.pictures.path={pictures}", f"output_dir={output_dir}", *changes)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "mdm_hf.cli", "train", str(FOLDER_RECIPE), *changes]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+def test_two_processes_with_a_sharded_model_draw_the_same_samples_of_streams_and_nothing_of_the_vae(
+    pictures, run, tmp_path
+):
+    shards = [f"processor={run / 'processor'}", "stages.tokenizer=", "data.pictures.streaming=true", "seed=0"]
+    shards += [f"stages.{name}.fsdp=true" for name in ("vae", "diffusion")]
+    # The second process sees pictures with texts among its first batches, the first one does not.
+    shards += ["stages.diffusion.max_steps=1", "stages.diffusion.per_device_train_batch_size=128"]
+    done = in_two_processes(pictures, tmp_path / "run", *shards)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.parts[-3] for path in (tmp_path / "run").rglob("samples/*.png")] == ["diffusion"]
+
+
+def test_two_processes_of_the_command_line_build_one_tokenizer_and_one_model(pictures, tmp_path):
+    done = in_two_processes(pictures, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote ") == done.stdout.count("Built a tokenizer of ") == 1
     assert MDMPipeline.from_pretrained(tmp_path / "run" / "final", device="cpu")(generate="text", seed=0)
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    refused = in_two_processes(pictures, tmp_path / "run")
     assert refused.returncode != 0
     assert "which holds final of an earlier run" in refused.stderr
 

@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule
 
 from ..evaluation.pictures import picture_grid
 from ..modeling_mdm import MDMForMultiModalGeneration
@@ -25,7 +28,18 @@ def some_examples(mix: ConversationMix | StreamingMix) -> Iterator[dict]:
 
 
 def examples_to_draw(mix: ConversationMix | StreamingMix) -> dict[str, list[dict]]:
-    """Up to `COLUMNS` training examples of each shape, "text -> image" and the like."""
+    """Up to `COLUMNS` training examples of each shape, "text -> image" and the like.
+
+    In all processes they are those of the first one: of a model that is sharded all draw together, and each reads
+    another part of a stream.
+    """
+    found = [_found_in(mix) if PartialState().is_main_process else {}]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _found_in(mix: ConversationMix | StreamingMix) -> dict[str, list[dict]]:
     shapes: dict[str, list[dict]] = {}
     for example in some_examples(mix):
         *context, last = example["messages"]
@@ -63,14 +77,19 @@ def samples_drawer(processor: MDMProcessor, mix: ConversationMix | StreamingMix)
 
 
 def reconstructions_drawer(processor: MDMProcessor, mix: ConversationMix | StreamingMix) -> Drawer:
-    """Images as they are and as the VAE gives them back, each with a text that went through the VAE as well."""
+    """Images as they are and as the VAE gives them back, each with a text that went through the VAE as well.
+
+    Of a model that FSDP2 shards none are drawn: it gathers weights where the whole model is called, not for its VAE.
+    """
     examples = [one for found in examples_to_draw(mix).values() for one in found]
     images = [image for one in examples for image in map(_first_image, [one["messages"]]) if image is not None][
         :COLUMNS
     ]
     texts = [text for one in examples for message in one["messages"] for text in _texts(message)][:COLUMNS]
 
-    def draw(model: MDMForMultiModalGeneration, step: int) -> Image.Image:
+    def draw(model: MDMForMultiModalGeneration, step: int) -> Image.Image | None:
+        if isinstance(model, FSDPModule):
+            return None
         vae, cells = model.model.vae, []
         with torch.no_grad():
             said = [_through(vae, processor, text) for text in texts]
