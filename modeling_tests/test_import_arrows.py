@@ -132,7 +132,7 @@ TRAINING_ARROWS: dict[str, set[str]] = {
     "measures": set(),
     "latent_cache": set(),
     "tokenizer": set(),
-    "recipe": {"records"},
+    "recipe": {"records", "gate"},  # how few conversations a gate is fitted to
     "memory": set(),
     "muon": set(),
     "gate": set(),
