@@ -308,6 +308,25 @@ def test_a_stream_shows_every_network_call_and_ends_with_the_result(pipe, lag):
     assert pixels(looks[0]) != pixels(looks[-1])
 
 
+def test_a_stream_computes_as_the_thread_that_asks_for_it(pipe):
+    seen = []
+
+    def look(*_):
+        seen.append(
+            (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_inference_mode_enabled())
+        )
+
+    options = {"generate": "image", "seed": 0, "num_inference_steps": 4, "callback_on_step_end": look}
+    plain = pixels(pipe("a three", **options))
+    with torch.autocast("cpu", torch.float16), torch.inference_mode():
+        expected = pixels(pipe("a three", **options))
+        *_, streamed = pipe.stream("a three", **options)
+        *_, answer = pipe.chat().stream("a three", **options)
+    assert pixels(streamed) == expected != plain
+    assert pixels([answer])
+    assert seen == 4 * [(False, torch.bfloat16, False)] + 12 * [(True, torch.float16, True)]
+
+
 def test_a_stream_that_is_left_stops_the_network_and_its_errors_are_raised(pipe, monkeypatch):
     calls = []
     predict = type(pipe.model).predict_latents

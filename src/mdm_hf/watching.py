@@ -3,7 +3,11 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
+
+import torch
 
 from .input_checks import check_callback
 
@@ -36,7 +40,11 @@ def watched(
 
 
 def _shown(draw: Callable[[Callable], None]) -> Iterator:
-    """What `draw(show)` shows, one at a time; it runs in a thread, and only while the next is waited for."""
+    """What `draw(show)` shows, one at a time; it runs in a thread, and only while the next is waited for.
+
+    The thread computes as the one that asks for the first item would: with its autocast, for instance.
+    """
+    modes = _modes()
     shown: queue.SimpleQueue = queue.SimpleQueue()  # of (item, error, whether it is the last)
     asked: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -47,7 +55,10 @@ def _shown(draw: Callable[[Callable], None]) -> Iterator:
 
     def work() -> None:
         try:
-            draw(show)
+            with ExitStack() as entered:
+                for mode in modes:
+                    entered.enter_context(mode())
+                draw(show)
             shown.put((None, None, True))
         except BaseException as error:
             shown.put((None, error, True))
@@ -66,3 +77,18 @@ def _shown(draw: Callable[[Callable], None]) -> Iterator:
     finally:
         asked.put(False)
         thread.join()
+
+
+def _modes() -> list[Callable[[], AbstractContextManager]]:
+    """How PyTorch computes in this thread, to be entered in another, which inherits nothing of it."""
+    modes: list[Callable[[], AbstractContextManager]] = []
+    if torch.is_inference_mode_enabled():
+        modes.append(torch.inference_mode)
+    modes.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    for kind in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
+        if torch.is_autocast_enabled(kind):
+            modes.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind)))
+    if torch.cuda.is_initialized():
+        modes.append(partial(torch.cuda.device, torch.cuda.current_device()))
+    return modes
