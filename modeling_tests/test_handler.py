@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from loopback_endpoint import LoopbackEndpoint, as_png
 from PIL import Image
 
-from mdm_hf import MDMPipeline
+from mdm_hf import MDMPipeline, step_calibration
 from mdm_hf.publishing import handler as module
 from mdm_hf.training.digits import digit_named_in, load_digits_split
 
@@ -276,3 +276,13 @@ def test_a_picture_in_base64_is_known_in_every_usual_format(handler, form) -> No
     Image.effect_noise((16, 16), 90).save(file, format=form)
     [answer] = handler({"inputs": base64.b64encode(file.getvalue()).decode()})
     assert answer["generated_text"]
+
+
+def test_steps_that_the_model_finds_itself_count_as_the_most_they_may_come_to(handler, monkeypatch) -> None:
+    assert module.MOST_AUTO_STEPS == step_calibration.MOST_STEPS
+    monkeypatch.setattr(handler.pipe.model.generation_config, "num_inference_steps", "auto")
+    large = {"inputs": "a three", "parameters": {"height": 256, "width": 256}}
+    with pytest.raises(
+        ValueError, match=r"^Got 1 sample\(s\) of 16384 patches and tokens in 50 steps, 819200 looks at"
+    ):
+        handler(large)

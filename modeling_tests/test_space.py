@@ -29,6 +29,7 @@ import yaml
 from PIL import Image
 
 from mdm_hf import MDMPipeline
+from mdm_hf.publishing import handler
 from mdm_hf.publishing import space_answers as module
 from mdm_hf.publishing.space_answers import Answers, Talk, look_as_html, model_of, read_marks
 from mdm_hf.publishing.space_html import Card, bubble, cards_as_html, on_canvas, shaded
@@ -147,6 +148,22 @@ def test_the_model_decides_what_a_prompt_calls_for(answers, three) -> None:
 def test_a_bad_request_is_refused_with_what_to_do(answers, request_, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         list(answers.draw(**{"text": "a three", "make": "image"} | request_))
+
+
+def test_one_request_takes_no_more_than_one_of_an_endpoint_may(answers, three, monkeypatch) -> None:
+    monkeypatch.setattr(handler, "MOST_WORK", 24 * FEW)  # 16 patches and 8 tokens
+    assert list(answers.draw(class_id=3))[-1].is_done
+    for ask, looks in (
+        (lambda: answers.draw(class_id=3, samples=2), 48 * FEW),
+        (lambda: answers.draw(class_id=3, make="image", steps=2 * FEW), 32 * FEW),
+        (lambda: answers.edit(three, None, steps=2 * FEW), 32 * FEW),
+        (lambda: answers.rewrite("a [small] three", steps=4 * FEW), 32 * FEW),
+    ):
+        with pytest.raises(ValueError, match=rf"{looks} looks at one; need {24 * FEW} at most; ask for a smaller"):
+            list(ask())
+    monkeypatch.setattr(handler, "MOST_WORK", 7 * FEW)
+    with pytest.raises(ValueError, match=rf"{8 * FEW} looks at one; need {7 * FEW} at most"):
+        list(answers.talk(Talk(), "hello", []))
 
 
 @pytest.mark.parametrize("kind", BAD_UPLOADS)

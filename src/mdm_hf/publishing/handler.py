@@ -43,6 +43,7 @@ FIELDS = ("inputs", "question", "image", "parameters")  # the client sends a que
 CONDITIONS = ("text", "image", "class", "messages")
 MOST_SAMPLES = 16
 MOST_STEPS = 200
+MOST_AUTO_STEPS = 50  # that num_inference_steps="auto" may come to
 MOST_TOKENS = 1024
 MOST_PIXELS = 1024 * 1024  # of a picture to be made
 MOST_WORK = 2**18  # patches and tokens to be made, times steps, times samples: minutes of a CPU's core
@@ -91,7 +92,8 @@ class EndpointHandler:
         options = {"generate": usual} | _options(_parameters(data))
         if is_question:
             options = {"num_return_sequences": ANSWERS_DRAWN} | options
-        self.check_work(options)
+        check_sizes(options)
+        check_work(self.pipe, options)
         if is_question:
             top_k = options.pop("top_k", ANSWERS_DRAWN)
             if options["generate"] not in ("text", ["text"]):
@@ -106,30 +108,6 @@ class EndpointHandler:
         if isinstance(inputs, str):
             return self.described({"text": _text(inputs)}, options)
         return self.described(_conditions(inputs), options)
-
-    def check_work(self, options: dict) -> None:
-        """Raises ValueError for more than one request may take of a machine that others wait for; for idle sizes."""
-        wanted = options["generate"]
-        makes = {kind: wanted == "auto" or kind in wanted for kind in ("image", "text")}
-        for name, kind in (("image_size", "image"), ("max_new_tokens", "text")):
-            if name in options and not makes[kind]:
-                given = "height and width" if name == "image_size" else name
-                raise ValueError(
-                    f"Got {given} with generate {wanted!r}, where they would do nothing; need them where "
-                    f"{'a picture' if kind == 'image' else 'a text'} is made; leave them out, or ask for {kind!r} too."
-                )
-        processor, generation = self.pipe.processor, self.pipe.model.generation_config
-        size = processor.image_processor.size
-        height, width = options.get("image_size") or processor.image_size or (size.height, size.width)
-        made = makes["image"] * (height * width // processor.patch_size**2)
-        made += makes["text"] * options.get("max_new_tokens", processor.max_new_tokens)
-        steps = options.get("num_inference_steps", generation.num_inference_steps)
-        samples = options.get("num_return_sequences", 1)
-        if isinstance(steps, int) and made * steps * samples > MOST_WORK:
-            raise ValueError(
-                f"Got {samples} sample(s) of {made} patches and tokens in {steps} steps, {made * steps * samples} "
-                f"looks at one; need {MOST_WORK} at most; ask for a smaller picture, fewer steps or fewer samples."
-            )
 
     def described(self, conditions: dict, options: dict) -> Any:
         """Samples of MDMPipeline's one call: a picture where nothing else is made, else texts and pictures."""
@@ -146,6 +124,44 @@ class EndpointHandler:
             raise ValueError(f"Got the question {question!r}; need a text.")
         texts = [one["text"][0] for one in self.pipe(text=_text(question), images=image, **options)]
         return [{"answer": text, "score": count / len(texts)} for text, count in Counter(texts).most_common()]
+
+
+def check_sizes(options: dict) -> None:
+    """Raises ValueError for sizes of what is not made."""
+    for name, kind in (("image_size", "image"), ("max_new_tokens", "text")):
+        if name in options and not _makes(kind, options["generate"]):
+            given = "height and width" if name == "image_size" else name
+            raise ValueError(
+                f"Got {given} with generate {options['generate']!r}, where they would do nothing; need them where "
+                f"{'a picture' if kind == 'image' else 'a text'} is made; leave them out, or ask for {kind!r} too."
+            )
+
+
+def check_work(pipe: Any, options: dict) -> None:
+    """Raises ValueError for more than one request may take of a machine that others wait for.
+
+    Args:
+        pipe: A pipeline of MDM.
+        options: Of a call, `generate` among them; what they leave out is as the pipeline has it.
+    """
+    options = pipe._preprocess_params | pipe._forward_params | options
+    processor, generation = pipe.processor, pipe.model.generation_config
+    size = processor.image_processor.size
+    height, width = options.get("image_size") or processor.image_size or (size.height, size.width)
+    made = _makes("image", options["generate"]) * (height * width // processor.patch_size**2)
+    made += _makes("text", options["generate"]) * options.get("max_new_tokens", processor.max_new_tokens)
+    steps = options.get("num_inference_steps", generation.num_inference_steps)
+    steps = MOST_AUTO_STEPS if steps == "auto" else steps
+    samples = options.get("num_return_sequences", 1)
+    if made * steps * samples > MOST_WORK:
+        raise ValueError(
+            f"Got {samples} sample(s) of {made} patches and tokens in {steps} steps, {made * steps * samples} looks "
+            f"at one; need {MOST_WORK} at most; ask for a smaller picture, fewer steps or fewer samples."
+        )
+
+
+def _makes(kind: str, generate: Any) -> bool:
+    return generate == "auto" or kind in generate
 
 
 def _parameters(data: dict) -> Any:

@@ -20,7 +20,7 @@ from ..conversation_state import MDMConversationState
 from ..conversations import AUTO, MODALITIES
 from ..pipeline_mdm import MDMPipeline
 from .card_notes import NOTES, NOTES_FILE, read_notes
-from .handler import MOST_SAMPLES, MOST_STEPS
+from .handler import MOST_SAMPLES, MOST_STEPS, check_work
 from .space_html import Card, bubble, cards_as_html, on_canvas
 
 
@@ -249,6 +249,7 @@ class Answers:
         said, pictures = self.words(text), [self.picture(one) for one in images]
         if said is None and not pictures:
             raise ValueError("Got an empty message; need a text or a picture.")
+        check_work(self.pipe, {"generate": MADE[make]})
         asked = {"role": "user", "content": bubble(said, pictures)}
         yield talk.with_messages(asked, memory=talk.memory)
         chat, answer = self.pipe.chat(talk.memory), {}
@@ -332,6 +333,7 @@ class Answers:
 
     def _looks(self, conditions: dict, seed: float | None, options: dict, decided: str = "") -> Iterator[Look]:
         first = _seed(seed)
+        check_work(self.pipe, {"generate": options.get("generate") or conditions["canvas"]["type"]} | options)
         looks, calls, shown = self.pipe.stream(**conditions, seed=first, **options), 1, 0.0
         results = next(looks)
         for following in looks:
