@@ -222,7 +222,7 @@ def test_arrays_have_their_channels_where_it_is_said_or_where_they_fit() -> None
     [
         ({"do_center_crop": True, "crop_size": {"height": 4, "width": 4}}, "Got do_center_crop=True; need `aspect_ra"),
         ({"do_pad": True}, "Got do_pad=True; need pictures padded to the largest of the call, as they are; leave"),
-        ({"do_convert_rgb": True}, "Got do_convert_rgb=True; need `num_channels`, 1 or 3"),
+        ({"do_convert_rgb": True}, "Got do_convert_rgb=True with num_channels=1, which says .* need 3 for RGB"),
         ({"data_format": "channels_last"}, "Got data_format='channels_last'; need pixel values with their channels"),
         ({"device": "cpu"}, r"Got device='cpu'; need .* call \.to\(device\)"),
     ],
@@ -231,6 +231,7 @@ def test_arrays_have_their_channels_where_it_is_said_or_where_they_fit() -> None
 def test_what_only_other_image_processors_do_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor()(grey(), **options)
+    assert processor(num_channels=3)(grey(), do_convert_rgb=True)["pixel_values"].shape == (1, 3, 8, 8)
     idle = dict.fromkeys(options, False) if "do_pad" in options else dict.fromkeys(options)
     assert processor()(grey(), **idle)["pixel_values"].shape == (1, 1, 8, 8)
 

@@ -28,7 +28,6 @@ REFUSED_IMAGE_OPTIONS = {
     "crop_size": CUT,
     "do_pad": PADDED,
     "pad_size": PADDED,
-    "do_convert_rgb": "`num_channels`, 1 or 3, which says what pictures become; leave it out",
     "data_format": "pixel values with their channels first, as the model reads them; leave it out",
     "image_seq_length": "as many positions as an image has patches; leave it out",
     "device": "tensors that are moved when they are made; leave it out and call .to(device) on the result",
@@ -186,11 +185,17 @@ class MDMImageProcessorPil(PilBackend):
         num_channels: int | None = None,
         max_pixels: int | None = None,
         input_data_format: str | None = None,
+        do_convert_rgb: bool | None = None,
         **kwargs: Any,
     ):
         """One PIL image, array or tensor -> array (c, h, w)."""
         num_channels = num_channels or self.num_channels
         max_pixels = max_pixels or self.max_pixels
+        if do_convert_rgb and num_channels != 3:
+            raise ValueError(
+                f"Got do_convert_rgb=True with num_channels={num_channels}, which says what pictures become; need 3 "
+                "for RGB; leave it out."
+            )
         if isinstance(image, Image.Image):
             width, height = image.size
             if not width * height:
