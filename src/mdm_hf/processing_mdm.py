@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 
 from .conversations import MODALITIES, NO_CLASS, ConversationReader, Prompt, as_columns, as_modalities
 from .known_images import read_images
-from .processing_options import MDMProcessorKwargs, options_of, positive
+from .processing_options import IMAGE_OPTIONS, MDMProcessorKwargs, options_of, positive
 from .prompts import messages_of
 from .token_rows import CONTROL_TOKENS, continues, expand_placeholders, pad_rows, target_texts
 
@@ -59,8 +59,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-# Arguments of `from_pretrained` that say where the files are, and nothing of what is in them.
-PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# Arguments of `from_pretrained` that change what the files say; the others say where they are, or who trusts them.
+CHANGES = ("image_size", "max_new_tokens", "num_classes", "chat_template", *IMAGE_OPTIONS)
 
 
 class MDMProcessor(ProcessorMixin):
@@ -116,9 +116,9 @@ class MDMProcessor(ProcessorMixin):
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # Of files that are no mappings, or lack a key, transformers raises whatever comes first; none names the file.
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            place = {name: value for name, value in kwargs.items() if name in PLACE}
-            if place != kwargs:
-                cls.from_pretrained(pretrained_model_name_or_path, *args, **place)
+            unchanged = {name: value for name, value in kwargs.items() if name not in CHANGES}
+            if unchanged != kwargs:
+                cls.from_pretrained(pretrained_model_name_or_path, *args, **unchanged)
                 raise  # the files alone are good: what was given beside them is not
             raise ValueError(
                 f"Got {pretrained_model_name_or_path} with a processor that cannot be made ({error}); need "
