@@ -8,6 +8,7 @@ conversation is read both ways: `unseen` as if there never were one, `seen` as i
 is settled when the state is used.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -67,16 +68,10 @@ class MDMConversationState:
         return sum(value.nbytes for value in self._tensors().values())
 
     def to(self, device: Any) -> "MDMConversationState":
-        """The state on another device; itself where it is there."""
-        unseen, seen = (
-            [
-                MDMConditionCache(**{name: value.to(device) for name, value in _tensors_of(cache).items()})
-                for cache in caches
-            ]
-            for caches in (self.unseen, self.seen)
-        )
-        moved = self.has_image.to(device), self.length.to(device)
-        return type(self)(unseen, seen, *moved, self.sizes, self.weights)
+        """The state on `device`."""
+        unseen, seen = ([_moved(cache, device) for cache in caches] for caches in (self.unseen, self.seen))
+        of_rows = self.has_image.to(device), self.length.to(device)
+        return type(self)(unseen, seen, *of_rows, self.sizes, self.weights)
 
     def cache(self, has_image: Tensor) -> list[MDMConditionCache]:
         """Open caches of the rows, by whether they have an image now (b,)."""
@@ -204,6 +199,13 @@ class MDMConversationState:
 
 def _tensors_of(cache: MDMConditionCache) -> dict[str, Tensor]:
     return {name: value for name, value in vars(cache).items() if isinstance(value, Tensor)}
+
+
+def _moved(cache: MDMConditionCache, device: Any) -> MDMConditionCache:
+    moved = copy.copy(cache)
+    for name, value in _tensors_of(cache).items():
+        setattr(moved, name, value.to(device))
+    return moved
 
 
 class MDMConversationMixin:

@@ -212,7 +212,7 @@ class _Scorer:
         )
         self.noise = torch.zeros(b, n, 2, m, d, device="cpu")
         for row, seed in enumerate(seeds):
-            drawn = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
+            drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
             own = self.tables[0 if patches[row] else 1].cpu()  # of the modality that levels are drawn for
             share = UNIFORM_SHARE["image" if patches[row] else "text"]
             uniform = torch.rand(n, dtype=torch.float64, **drawn)
