@@ -462,11 +462,11 @@ def test_temperature_sharpens_the_token_predictions_of_texts_alone():
         for heat in (0.5, 1.0)
     )
     # One call leaves the text at its prediction, the mean of the codebook under softmax(logits / temperature).
-    seen = []
-    with mock.patch.object(vae, "expected_token_latent", lambda logits: seen.append(logits) or plain[: len(logits)]):
-        for heat in (0.5, 1.0):
-            model.generate(**inputs, generator=generators([0]), **options, text_temperature=heat)
-    torch.testing.assert_close(seen[0], 2 * seen[1])
+    seen, decode = [], vae.decode_tokens
+    with mock.patch.object(vae, "decode_tokens", lambda latents: seen.append(decode(latents)) or seen[-1]):
+        model.generate(**inputs, generator=generators([0]), **options)
+    for got, heat in ((softened, 0.5), (plain, 1.0)):
+        torch.testing.assert_close(got, (seen[0] / heat).softmax(-1) @ vae.codebook("cpu"))
     assert (softened - plain).abs().max() > 1e-4
     image, same = (
         model.generate(**batch(["text_to_image"]), generator=generators([0]), text_temperature=heat).latents

@@ -88,7 +88,7 @@ def test_muon_takes_the_projections_of_the_blocks_and_adamw_all_else_that_is_tra
 
 
 def test_muon_is_refused_where_shards_would_have_to_be_orthogonal():
-    arguments = SimpleNamespace(report_to=[], fsdp=True, world_size=2)
+    arguments = SimpleNamespace(report_to=[], fsdp=True, world_size=2, n_gpu=1)
     with pytest.raises(ValueError, match=r"Got stages.diffusion.optim muon with fsdp, .* need whole matrices; leave"):
         check_arguments("diffusion", arguments, "muon")
 
