@@ -22,18 +22,16 @@ from _transfusion import Transfusion
 from learning_curve import small_recipe
 from transfusion_baseline import CHECKPOINT, SETTINGS, TransfusionPipeline, seconds_a_step, train
 
+from mdm_hf.evaluation.experiment_rows import plot, table, with_rows
 from mdm_hf.evaluation.reproduce import (
     EXPERIMENTS,
     Variant,
     for_steps,
     on_shared_vae,
-    plot,
     row_settings,
     scored,
     steps_within,
-    table,
     trained,
-    with_rows,
 )
 from mdm_hf.evaluation.results import settings_hash
 from mdm_hf.evaluation.shapes import TASKS

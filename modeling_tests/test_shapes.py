@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mdm_hf.evaluation import reproduce as module
-from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, steps_within, table
+from mdm_hf.evaluation.experiment_rows import table
+from mdm_hf.evaluation.reproduce import EXPERIMENTS, Experiment, Variant, reproduce, steps_within
 from mdm_hf.evaluation.shapes import TASKS, VERSION, ShapesBenchmark, _by_elimination
 from mdm_hf.evaluation.shapes_classifier import ShapesClassifier, accuracy
 from mdm_hf.evaluation.shapes_judge import Meaning, Mention, agree, read_pictures, read_text

@@ -392,7 +392,8 @@ def _evaluate(options) -> None:
 
 
 def _reproduce(options) -> None:
-    from .evaluation.reproduce import reproduce, table
+    from .evaluation.experiment_rows import table
+    from .evaluation.reproduce import reproduce
 
     found = reproduce(
         options.experiment,
